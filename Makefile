@@ -1,0 +1,49 @@
+# make run    the main job, from nothing: makes .venv, installs, runs
+# make test   the tests                make check   lint, format and types
+# make slow   the slow tests           make report  the table of results/
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+CODE := purifiers attacks classifiers benchmark
+
+.PHONY: run test slow check report install clean distclean
+
+run: install
+	$(BIN)/python -m benchmark run --purifier diffpure --attack autoattack $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest -q $(ARGS)
+
+slow: install
+	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+check: install
+	$(BIN)/ruff check $(CODE) tests shims
+	$(BIN)/ruff format --check $(CODE) tests shims
+	$(BIN)/mypy
+
+report: install
+	$(BIN)/python -m benchmark report results --format md $(ARGS)
+
+install: .venv/.installed
+
+# The last two lines in this order, and apart from the first: torchattacks pins a
+# 2021 release of requests (so --no-deps; `pip check` goes on reporting it), and it
+# brings a crippled copy of robustbench, which the real one must overwrite.
+.venv/.installed: pyproject.toml constraints.txt shims/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; name one with make PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	@echo "Installing into .venv: about 6 GB, a few minutes the first time"
+	$(PIP) -e '.[robustbench,test,dev]' -e shims
+	$(PIP) --no-deps torchattacks
+	$(PIP) --force-reinstall --no-deps robustbench
+	@touch $@
+
+clean:
+	rm -rf build *.egg-info shims/src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(CODE) tests shims -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv

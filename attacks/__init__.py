@@ -1,0 +1,8 @@
+"""Attacks search for x_adv within a threat model. One attack is one file."""
+
+from attacks._base import Attack, AttackError, Found
+from attacks._gradient import LOSSES, Victim
+from attacks._threat import L2, NORMS, Linf, ThreatModel
+from attacks._views import VIEWS
+
+__all__ = ["L2", "LOSSES", "NORMS", "VIEWS", "Attack", "AttackError", "Found", "Linf", "ThreatModel", "Victim"]

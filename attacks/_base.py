@@ -1,0 +1,129 @@
+"""The contract of every attack: it searches, and the base class enforces the threat model on what it finds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from attacks._gradient import Evaluation, Victim
+from attacks._threat import ThreatModel
+
+State: TypeAlias = dict[str, Tensor]
+Watch: TypeAlias = Callable[[int, State], None]
+
+
+class AttackError(RuntimeError):
+    """An attack returned something outside its threat model: its own fault, and the run's end."""
+
+
+class Found(NamedTuple):
+    """What an attack found.
+
+    Attributes:
+        candidates: images inside the threat model, shape (V, B, C, H, W): one per restart or version.
+        broken_at: index of the first evaluation in which any draw was wrong, shape (B,); -1 if none.
+        package_correct: a third-party package's own verdict, shape (B,), or None.
+        forwards, backwards: draws of the defense per image.
+    """
+
+    candidates: Tensor
+    broken_at: Tensor
+    package_correct: Tensor | None
+    forwards: int
+    backwards: int
+
+
+class Attack(ABC):
+    """A search as a fold of iterations, so that it can be watched, saved and continued.
+
+    Keyword-only parameters of a subclass are its options. It never draws from a global generator: its randomness is the
+    victim's tape under a site of its own.
+    """
+
+    package: ClassVar[str | None] = None
+    """The distribution that does the work on a deterministic defense, if not this code: it runs whole blocks of images."""
+
+    @abstractmethod
+    def display(self, stochastic: bool) -> str:
+        """The name in tables at the current options."""
+
+    @abstractmethod
+    def length(self, stochastic: bool) -> int:
+        """How many iterations the attack takes."""
+
+    @abstractmethod
+    def evaluations(self, stochastic: bool) -> int:
+        """Draws of the defense that the attack looks at per image, all iterations together (forwards)."""
+
+    def gradients(self, stochastic: bool) -> int:
+        """Draws of the defense that it differentiates per image (backwards)."""
+        return self.evaluations(stochastic)
+
+    @abstractmethod
+    def start(self, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
+        """The state before the first iteration, with ``broken_at``."""
+
+    @abstractmethod
+    def step(self, k: int, state: State, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
+        """Iteration k of ``length``."""
+
+    @abstractmethod
+    def finish(self, state: State) -> Tensor:
+        """The candidates, shape (V, B, C, H, W)."""
+
+    def perturb(
+        self,
+        x: Tensor,
+        y: Tensor,
+        victim: Victim,
+        threat: ThreatModel,
+        *,
+        state: State | None = None,
+        watch: Watch | None = None,
+    ) -> Found:
+        """Search, then enforce.
+
+        Args:
+            x: images in [0, 1], shape (B, C, H, W).
+            y: labels, shape (B,).
+            victim: the defense as the attacker sees it.
+            threat: the threat model.
+            state: a saved state to continue from.
+            watch: called after each iteration with the number done and the state.
+
+        Raises:
+            AttackError: if a candidate isn't finite or lies outside the threat model by more than 1e-6.
+        """
+        if state is None:
+            state = self.start(x, y, victim, threat)
+            state["done"] = torch.tensor(0)
+        else:
+            victim.forwards, victim.backwards = state["cost"].tolist()
+        for k in range(int(state["done"]), self.length(victim.stochastic)):
+            state = self.step(k, state, x, y, victim, threat)
+            state["done"] = torch.tensor(k + 1)
+            state["cost"] = torch.tensor([victim.forwards, victim.backwards])
+            if watch is not None:
+                watch(k + 1, state)
+        candidates = torch.stack([self._enforced(c, x, threat) for c in self.finish(state)])
+        return Found(
+            candidates, state["broken_at"], state.get("package_correct"), victim.forwards, victim.backwards
+        )
+
+    def _enforced(self, candidate: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
+        if candidate.shape != x.shape or not candidate.isfinite().all():
+            raise AttackError(f"{type(self).__name__} returned non-finite values or shape {tuple(candidate.shape)}")
+        inside = threat.enforce(candidate.to(x.dtype), x)
+        moved = (inside - candidate).abs().max().item()
+        if moved > 1e-6:
+            raise AttackError(f"{type(self).__name__} left the {threat.norm} ball of {threat.eps} by {moved:.2g} in an element")
+        return inside
+
+
+def first_broken(broken_at: Tensor, evaluation: Evaluation, index: int) -> Tensor:
+    """Note ``index`` for the images of which a draw was wrong for the first time."""
+    return torch.where((broken_at < 0) & (evaluation.correct < 1), index, broken_at)

@@ -1,0 +1,136 @@
+"""Threat models as objects: what a perturbation may be, and how to move within it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from fractions import Fraction
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+class ThreatModel(ABC):
+    """A ball around x, intersected with images in [0, 1].
+
+    Args:
+        eps: the radius, exact.
+
+    Raises:
+        ValueError: if the radius is negative.
+    """
+
+    norm: ClassVar[str]
+    unit: ClassVar[str]
+
+    def __init__(self, eps: Fraction):
+        if eps < 0:
+            raise ValueError(f"eps must not be negative, got {eps}")
+        self.eps = Fraction(eps)
+
+    @property
+    def bound(self) -> float:
+        """The largest float64 that isn't above the exact radius."""
+        bound = float(self.eps)
+        return bound if Fraction(bound) <= self.eps else math.nextafter(bound, 0)
+
+    @abstractmethod
+    def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """The distance per image in float64, shape (B,)."""
+
+    @abstractmethod
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Back into the ball and into [0, 1], up to rounding."""
+
+    @abstractmethod
+    def step(self, gradient: Tensor, size: float | Tensor) -> Tensor:
+        """The steepest ascent of length ``size``; a tensor of sizes is one per image, shape (B, 1, 1, 1)."""
+
+    @abstractmethod
+    def random(self, x: Tensor, noise: Any) -> Tensor:
+        """A random start in the ball."""
+
+    @abstractmethod
+    def control(self, x: Tensor, noise: Any) -> Tensor:
+        """A random perturbation of full radius, the control that an attack must beat."""
+
+    @abstractmethod
+    def _shrink(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Move the elements that rounding left outside towards x, by as little as the dtype can."""
+
+    def enforce(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        """Project so that ``distance(x_adv, x) <= bound`` holds without a tolerance."""
+        x_adv = self.project(x_adv, x)
+        while (self.distance(x_adv, x) > self.bound).any():
+            x_adv = self._shrink(x_adv, x)
+        return x_adv
+
+
+class Linf(ThreatModel):
+    """max_i |x_adv_i - x_i| <= eps, in [0, 1] pixel units."""
+
+    norm, unit = "Linf", "pixel range"
+
+    def __init__(self, eps: Fraction):
+        super().__init__(eps)
+        if self.eps > 1:
+            raise ValueError(f"eps {eps} is above 1, but Linf radii are in [0, 1] pixel units: write 8/255, not 8")
+
+    def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        return (x_adv.double() - x.double()).abs().flatten(1).amax(1)
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        return torch.minimum(torch.maximum(x_adv, x - self.bound), x + self.bound).clamp(0, 1)
+
+    def step(self, gradient: Tensor, size: float | Tensor) -> Tensor:
+        return size * gradient.sign()
+
+    def random(self, x: Tensor, noise: Any) -> Tensor:
+        return (x + self.bound * (2 * noise.uniform("start", like=x) - 1)).clamp(0, 1)
+
+    def control(self, x: Tensor, noise: Any) -> Tensor:
+        return self.enforce(x + self.bound * torch.where(noise.uniform("control", like=x) < 0.5, -1.0, 1.0).to(x), x)
+
+    def _shrink(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        outside = (x_adv.double() - x.double()).abs() > self.bound
+        return torch.where(outside, _nearer(x_adv, x), x_adv)
+
+
+class L2(ThreatModel):
+    """‖x_adv - x‖_2 <= eps over all elements of an image, in [0, 1] pixel units."""
+
+    norm, unit = "L2", "pixel range"
+
+    def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        return (x_adv.double() - x.double()).flatten(1).norm(dim=1)
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        delta = x_adv - x
+        length = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        # x lies in the box, so clamping moves every element towards x and stays in the ball
+        return (x + delta * (self.bound / length.clamp_min(1e-12)).clamp_max(1)).clamp(0, 1)
+
+    def step(self, gradient: Tensor, size: float | Tensor) -> Tensor:
+        return size * gradient / gradient.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+
+    def random(self, x: Tensor, noise: Any) -> Tensor:
+        delta = self.step(noise.normal("start", like=x), 1.0)
+        radius = noise.uniform("radius", like=x[:, :1, :1, :1]) ** (1 / x[0].numel())
+        return self.project(x + self.bound * radius * delta, x)
+
+    def control(self, x: Tensor, noise: Any) -> Tensor:
+        return self.enforce(x + self.step(noise.normal("control", like=x), self.bound), x)
+
+    def _shrink(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        outside = (self.distance(x_adv, x) > self.bound).view(-1, 1, 1, 1)
+        return torch.where(outside, _nearer(x_adv, x), x_adv)
+
+
+def _nearer(x_adv: Tensor, x: Tensor) -> Tensor:
+    """One ulp towards x, of the larger of the two: beside a tiny x_adv its own ulp would be no step at all."""
+    ulp = torch.finfo(x.dtype).eps * torch.maximum(x_adv.abs(), x.abs())
+    return torch.where((x - x_adv).abs() <= ulp, x, x_adv + ulp * (x - x_adv).sign())
+
+
+NORMS: dict[str, type[ThreatModel]] = {"Linf": Linf, "L2": L2}

@@ -1,0 +1,1 @@
+"""The benchmark: all input and output, all policy."""

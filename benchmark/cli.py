@@ -1,0 +1,276 @@
+"""The command line. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmark.errors import RunError, UsageError
+
+KINDS = ("purifiers", "attacks", "classifiers", "datasets", "budgets")
+DONE, FAILED, USAGE, INCOMPLETE = 0, 1, 2, 75
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0 done, 1 a run failed, 2 bad usage, 75 incomplete."""
+    try:
+        arguments = parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        return arguments.command(arguments) or DONE
+    except UsageError as error:
+        return _complain(error, USAGE)
+    except RunError as error:
+        return _complain(error, FAILED)
+    except KeyboardInterrupt:
+        return _complain("interrupted; the same command continues", INCOMPLETE)
+    except BrokenPipeError:
+        return DONE
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole grammar."""
+    top = argparse.ArgumentParser(
+        prog="python -m benchmark",
+        description="Clean and robust accuracy of adversarial purification, under attacks on the whole defense.",
+        epilog="Example: python -m benchmark run --purifier diffpure --attack autoattack",
+    )
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = _command(commands, "run", _run, "attack defenses and print their table")
+    _what(run)
+    run.add_argument("--stop-after", type=float, metavar="SECONDS", help="stop, save and exit with 75 after so long")
+    run.add_argument("--no-preflight", action="store_true", help="skip the checks of the defense; the table says so")
+    run.add_argument("--mixed-environment", action="store_true", help="continue a run begun in another environment")
+
+    plan = _command(commands, "plan", _plan, "print what a run would cost, and run nothing")
+    _what(plan)
+    plan.add_argument("--json", action="store_true", help="one object per cell, as a list")
+
+    status = _command(commands, "status", _status, "how far the runs below some folders are")
+    status.add_argument("paths", nargs="*", default=["results/run"], metavar="FOLDER")
+
+    report = _command(commands, "report", _report, "tables from recorded runs")
+    report.add_argument("paths", nargs="*", default=["results"], metavar="FOLDER", help="folders with runs (results)")
+    report.add_argument("--format", choices=("md", "csv", "json"), default="md")
+    report.add_argument(
+        "--worst-case", action=argparse.BooleanOptionalAction, help="the row over attacks (default: in md only)"
+    )
+
+    compare = _command(commands, "compare", _compare, "the paired difference of two runs on the same images")
+    compare.add_argument("a", metavar="RUN_A", help="folder of one run")
+    compare.add_argument("b", metavar="RUN_B", help="folder of the other; the difference is A - B")
+    compare.add_argument("--json", action="store_true")
+
+    names = _command(commands, "list", _list, "what can be named")
+    names.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
+    names.add_argument("--dataset", default="fashion-mnist", help="whose weights (fashion-mnist)")
+    names.add_argument("--weights", metavar="FOLDER", help="a folder with further cards")
+    names.add_argument("--json", action="store_true")
+
+    train = _command(commands, "train", _train, "train the weights of a component by its recipe")
+    train.add_argument("name", help="diffpure, vae, resnet or resnet-at")
+    train.add_argument("--dataset", default="fashion-mnist")
+    train.add_argument("--out", default="weights", metavar="FOLDER", help="written to FOLDER/DATASET/NAME (weights)")
+    train.add_argument("--data-dir", metavar="FOLDER", help="where the data set lies or goes")
+    train.add_argument("--epochs", type=int, help="other than the recipe's; the card says so")
+    train.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
+    return top
+
+
+def _command(commands: Any, name: str, function: Callable, text: str) -> argparse.ArgumentParser:
+    sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    sub.set_defaults(command=function)
+    return sub
+
+
+def _what(sub: argparse.ArgumentParser) -> None:
+    """The options that say what is attacked and how hard; the same in every command."""
+    what = sub.add_argument_group("what (specs: name[:argument][,key=value...], lists, {a,b} grids, or all)")
+    what.add_argument("--purifier", default="diffpure", metavar="SPECS", help="e.g. identity,vae,diffpure (diffpure)")
+    what.add_argument("--classifier", default="resnet", metavar="SPECS", help="e.g. resnet,resnet-at (resnet)")
+    what.add_argument("--attack", default="autoattack", metavar="SPECS", help="e.g. pgd,autoattack (autoattack)")
+    what.add_argument("--dataset", default="fashion-mnist", help="a name, or name:split=validation (fashion-mnist)")
+    what.add_argument("--copies", type=int, default=1, help="purified copies per image, part of the defense (1)")
+    what.add_argument("--combine", default="logits", help="of the copies: logits, probabilities or vote (logits)")
+    threat = sub.add_argument_group("threat and attacker")
+    threat.add_argument("--norm", default="Linf", help="Linf or L2 (Linf)")
+    threat.add_argument(
+        "--eps", action="append", metavar="RADIUS", help="radius in [0, 1] pixel units, e.g. 16/255; may be repeated"
+    )
+    threat.add_argument("--view", default="exact", help="what is differentiated: exact, bpda or blind (exact)")
+    threat.add_argument("--attacker", metavar="SPEC", help="differentiate this purifier instead; the verdict doesn't")
+    effort = sub.add_argument_group("effort")
+    effort.add_argument("--budget", default="auto", help="quick, standard, paper or auto (auto: by device)")
+    effort.add_argument("--n-examples", type=int, metavar="N", help="the first N images of the fixed order")
+    effort.add_argument("--draws", type=int, help="verdict draws of a stochastic defense")
+    effort.add_argument("--seed", type=int, default=0)
+    machine = sub.add_argument_group("machine and files")
+    machine.add_argument("--batch-size", type=int, metavar="ROWS", help="rows of every network call, a multiple of 32")
+    machine.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
+    machine.add_argument("--data-dir", metavar="FOLDER", help="where data sets lie or go")
+    machine.add_argument("--weights", metavar="FOLDER", help="a folder with further cards")
+    machine.add_argument("--offline", action="store_true", help="download nothing")
+    machine.add_argument("--out", default="results/run", metavar="FOLDER", help="root of the runs (results/run)")
+
+
+def _cells(arguments: argparse.Namespace) -> Any:
+    """The cells of a command line."""
+    from benchmark.evaluate import Settings, grid
+
+    for eps in arguments.eps or [None]:
+        settings = Settings(
+            budget=arguments.budget, n=arguments.n_examples, norm=arguments.norm, eps=eps, view=arguments.view,
+            attacker=arguments.attacker, draws=arguments.draws, seed=arguments.seed, rows=arguments.batch_size,
+            device=_device(arguments.device), out=arguments.out, data_dir=arguments.data_dir,
+            weights=arguments.weights, offline=arguments.offline,
+            preflight=not getattr(arguments, "no_preflight", False),
+            mixed_environment=getattr(arguments, "mixed_environment", False),
+            stop_after=getattr(arguments, "stop_after", None),
+        )  # fmt: skip
+        yield from grid(
+            arguments.purifier, arguments.classifier, arguments.attack, arguments.dataset, settings,
+            arguments.copies, arguments.combine,
+        )  # fmt: skip
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from benchmark import report
+    from benchmark.evaluate import Incomplete
+    from benchmark.results import read_run
+
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    folders = []
+    for cell in _cells(arguments):
+        print(f"{cell}\n{cell.plan}", file=sys.stderr, flush=True)
+        try:
+            folders.append(cell.run())
+        except Incomplete:
+            return _complain(f"stopped after {arguments.stop_after:g} s; the same command continues", INCOMPLETE)
+    runs = [read_run(folder) for folder in dict.fromkeys(folders)]
+    print(report.render(report.rows(runs, worst_case=True), "md"), end="")
+    print(f"records: {arguments.out}", file=sys.stderr)
+    return DONE
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    cells = list(_cells(arguments))
+    if arguments.json:
+        fields = ("n", "nfe", "forwards", "backwards", "passes", "upper_bound")
+        print(json.dumps([{"cell": str(c)} | {f: getattr(c.plan, f) for f in fields} for c in cells], indent=2))
+    else:
+        for cell in cells:
+            print(f"{cell}\n{cell.plan}")
+    return DONE
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from benchmark.results import find_runs
+
+    for run in find_runs(arguments.paths):
+        state = "complete" if run["complete"] else "incomplete"
+        print(f"{state} {len(run['records'])}/{run['n']} {run['folder']}")
+    return DONE
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from benchmark import report
+    from benchmark.results import find_runs
+
+    worst = arguments.format == "md" if arguments.worst_case is None else arguments.worst_case
+    print(report.render(report.rows(find_runs(arguments.paths), worst_case=worst), arguments.format), end="")
+    return DONE
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from benchmark import report, stats
+    from benchmark.results import find_runs
+
+    (a,), (b,) = find_runs([arguments.a]), find_runs([arguments.b])
+    common = sorted({r["id"] for r in a["records"]} & {r["id"] for r in b["records"]})
+    if a["identity"]["fingerprint"] != b["identity"]["fingerprint"] or not common:
+        raise UsageError("the two runs share no images: compare runs on one data set")
+    pick = [[r for r in run["records"] if r["id"] in set(common)] for run in (a, b)]
+    result = stats.compare(report.shares(pick[0]), report.shares(pick[1]))
+    if arguments.json:
+        print(json.dumps(result._asdict() | {"n": len(common)}, indent=2))
+    else:
+        print(
+            f"A - B = {100 * result.difference:+.1f} points [{100 * result.low:+.1f}, {100 * result.high:+.1f}], "
+            f"p = {result.p:.4f}, n = {len(common)}"
+        )
+    return DONE
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from benchmark import checkpoints, config, data, registry
+
+    roots = [Path(arguments.weights)] if arguments.weights else None
+    if arguments.kind == "datasets":
+        entries = [{"name": name, "radii": config.RADII.get(name, {})} for name in data.names()]
+    elif arguments.kind == "budgets":
+        entries = [
+            {"name": b.name, "n": b.n, "select": b.select, "draws": b.draws, "attacks": b.attacks}
+            for b in config.BUDGETS.values()
+        ]
+    elif arguments.kind == "attacks":
+        entries = [_describe("attacks", name, {}) for name in registry.names("attacks")]
+    else:
+        cards = checkpoints.cards(arguments.dataset, roots)
+        entries = [
+            _describe(arguments.kind, name, json.loads(cards[name].read_text()) if name in cards else {})
+            for name in checkpoints.names(arguments.kind, arguments.dataset, roots)
+        ]
+    if arguments.json:
+        print(json.dumps(entries, indent=2))
+    else:
+        for entry in entries:
+            rest = {k: v for k, v in entry.items() if k != "name"}
+            print(f"{entry['name']:<12} " + "; ".join(f"{k}: {v}" for k, v in rest.items() if v not in (None, {}, "")))
+    return DONE
+
+
+def _describe(kind: str, name: str, card: dict[str, Any]) -> dict[str, Any]:
+    from benchmark import registry
+
+    component = registry.load(kind, card.get("component", name))
+    options = registry.resolve(component, registry.Spec(name), card.get("options"))
+    about = (component.__doc__ or "").strip().split("\n")[0]
+    return {"name": name, "about": about, "options": {k: registry.show(v) for k, v in options.items()},
+            "weights": bool(card.get("files"))}  # fmt: skip
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from benchmark.train import train
+
+    folder = train(
+        arguments.name, arguments.dataset, Path(arguments.out), device=_device(arguments.device),
+        data_dir=arguments.data_dir, epochs=arguments.epochs,
+    )  # fmt: skip
+    print(folder)
+    return DONE
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name != "auto":
+        try:
+            torch.device(name)
+        except RuntimeError as error:
+            raise UsageError(f"--device {name}: {error}") from error
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise UsageError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _complain(message: object, code: int) -> int:
+    print(f"benchmark: {message}", file=sys.stderr)
+    return code

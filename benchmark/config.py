@@ -1,0 +1,128 @@
+"""What a run is: budgets, default radii, and the settings whose hash is its identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+
+from benchmark import registry
+from benchmark.errors import UsageError
+from benchmark.registry import Spec, show
+
+PROTOCOL = 1
+"""Raised by hand when a change of code can move a number."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How hard an attack tries, and how many draws judge it. n isn't part of a budget."""
+
+    name: str
+    n: int
+    attacks: dict[str, dict[str, int]]
+    select: int
+    draws: int
+
+
+BUDGETS = {
+    b.name: b
+    for b in (
+        Budget("quick", 32, {"pgd": {"steps": 20, "eot": 4}, "apgd": {"steps": 20, "eot": 4}}, 8, 9),
+        Budget("standard", 256, {"pgd": {"steps": 50, "eot": 10}, "apgd": {"steps": 50, "eot": 10}}, 16, 17),
+        Budget("paper", 512, {"pgd": {"steps": 200, "eot": 20}, "apgd": {"steps": 100, "eot": 20}}, 20, 21),
+    )
+}
+for _budget in BUDGETS.values():
+    _budget.attacks["autoattack"] = _budget.attacks["apgd"]
+
+RADII = {"fashion-mnist": {"Linf": "16/255", "L2": "1.5"}}
+"""Default radii by data set and norm; Fashion-MNIST's other common Linf radius is 0.1."""
+
+
+def budget(name: str, device: str) -> Budget:
+    """The budget of a name; "auto" is quick on a CPU and standard on a GPU."""
+    if name == "auto":
+        name = "quick" if device == "cpu" else "standard"
+    if name not in BUDGETS:
+        raise UsageError(registry.unknown("budget", name, ["auto", *BUDGETS]))
+    return BUDGETS[name]
+
+
+def radius(text: str | float | Fraction | None, norm: str, dataset: str) -> Fraction:
+    """The exact radius of ``--eps``, or the default for the data set and norm.
+
+    Raises:
+        UsageError: if it isn't a number, is negative, or is a Linf radius above 1.
+    """
+    if text is None:
+        defaults = RADII.get(dataset, {})
+        if norm not in defaults:
+            raise UsageError(f"no default {norm} radius for {dataset}: give --eps, e.g. --eps 8/255")
+        text = defaults[norm]
+    try:
+        eps = Fraction(str(text).replace(" ", ""))
+    except (ValueError, ZeroDivisionError):
+        raise UsageError(f"--eps {text}: expected a number or a fraction in [0, 1] pixel units, e.g. 8/255") from None
+    if eps < 0:
+        raise UsageError(f"--eps {text}: a radius isn't negative")
+    if norm == "Linf" and eps > 1:
+        raise UsageError(f"--eps {text}: Linf radii are in [0, 1] pixel units; for {text} of 255 levels write {text}/255")
+    return eps
+
+
+def attack_options(spec: Spec, component: type, chosen: Budget, stochastic: bool) -> tuple[dict, bool]:
+    """Every option of an attack, and whether the budget's numbers stand: defaults < budget < spec.
+
+    A deterministic defense needs one draw per gradient.
+    """
+    known = registry.options(component)
+    defaults = {k: v for k, v in chosen.attacks.get(spec.name, chosen.attacks["apgd"]).items() if k in known}
+    if not stochastic and "eot" in known:
+        defaults["eot"] = 1
+    resolved = registry.resolve(component, spec, defaults)
+    return resolved, all(resolved[k] == v for k, v in defaults.items())
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything that can move a number of a run; hashed. Two runs of one identity are one run."""
+
+    dataset: str
+    fingerprint: str
+    purifier: str
+    classifier: str
+    weights: dict[str, str]
+    copies: int
+    combine: str
+    attack: str
+    norm: str
+    eps: str
+    view: str
+    attacker: str | None
+    budget: str
+    select: int
+    draws: int
+    seed: int
+    precision: str
+    protocol: int = PROTOCOL
+
+    @property
+    def hash8(self) -> str:
+        """The first eight hex digits of the identity's sha256."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def slug(text: str) -> str:
+    """A folder name of [a-z0-9._=-] for a spec as the user wrote it."""
+    return re.sub(r"[^a-z0-9._=-]+", "-", text.lower().replace("_", "-")).strip("-.") or "unnamed"
+
+
+def eps_text(eps: Fraction) -> str:
+    """A radius as people write it: over 255 where that is exact, else a decimal where that is, else the fraction."""
+    over = eps * 255
+    if over.denominator == 1 and eps.denominator > 1:
+        return f"{over.numerator}/255"
+    return show(float(eps)) if Fraction(show(float(eps))) == eps else str(eps)

@@ -1,0 +1,9 @@
+"""Errors that a user can mend: they name the thing, the value and the remedy, and end the program without a trace."""
+
+
+class UsageError(Exception):
+    """The request can't be run as it stands (exit code 2)."""
+
+
+class RunError(Exception):
+    """A run that was well asked for failed (exit code 1)."""

@@ -1,0 +1,414 @@
+"""Attack a defense on a data set and record what happened: the loop behind every number."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from attacks import NORMS, VIEWS, Attack, AttackError, ThreatModel, Victim
+from attacks._gradient import blocks
+from attacks._views import affordable
+from benchmark import checkpoints, config, data, registry, report
+from benchmark.errors import RunError, UsageError
+from benchmark.plan import Plan, plan
+from benchmark.preflight import failures, preflight
+from benchmark.results import Run, environment, read_run
+from purifiers import Defense, Tape
+
+BLOCK = 32
+"""Images that are attacked together, and the unit in which a third-party attack runs and resumes."""
+SAVE_EVERY = 120.0
+"""Seconds between saves of an attack under way."""
+GRAPH_BUDGET = 3 << 30
+"""Bytes for stored graphs on a CPU; half of the free memory on a GPU."""
+
+
+class Incomplete(Exception):
+    """Stopped on request before the end; the same command continues (exit code 75)."""
+
+
+class Result(NamedTuple):
+    """What a run gave: the rows of ``report --format json``, the records, and the folder they are in."""
+
+    rows: list[dict[str, Any]]
+    records: list[dict[str, Any]]
+    folder: Path
+
+
+@dataclass
+class Settings:
+    """How to evaluate, apart from what: see ``python -m benchmark run --help`` for each."""
+
+    budget: str = "auto"
+    n: int | None = None
+    """Images; the budget's default if None."""
+    norm: str = "Linf"
+    eps: str | float | Fraction | None = None
+    view: str = "exact"
+    attacker: str | None = None
+    draws: int | None = None
+    seed: int = 0
+    rows: int | None = None
+    device: str = "cpu"
+    out: str | Path = "results/run"
+    data_dir: str | None = None
+    weights: str | None = None
+    offline: bool = False
+    preflight: bool = True
+    mixed_environment: bool = False
+    stop_after: float | None = None
+    quiet: bool = False
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
+
+
+def load(
+    purifier: str,
+    classifier: str = "resnet",
+    dataset: str = "fashion-mnist",
+    *,
+    copies: int = 1,
+    combine: str = "logits",
+    weights: str | None = None,
+) -> Defense:
+    """A defense by name, with the weights that the cards name.
+
+    Args:
+        purifier, classifier: specs, e.g. "diffpure:t_star=0.1".
+        dataset: whose weights.
+        copies, combine: as for ``purifiers.Defense``.
+        weights: a folder with further cards.
+
+    Raises:
+        UsageError: for unknown names or options, or weights that are missing or altered.
+    """
+    shape = data.load(dataset, 1).shape
+    family = dataset.split(":")[0].replace("_", "-")
+    roots = [Path(weights)] if weights else None
+    g = checkpoints.build("purifiers", purifier, family, shape, roots)
+    f = checkpoints.build("classifiers", classifier, family, shape, roots)
+    try:
+        defense = Defense(g.module, f.module, copies=copies, combine=combine)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    defense.described = {  # type: ignore[assignment]
+        "purifier": str(g.spec),
+        "classifier": str(f.spec),
+        "weights": {f"purifier.{k}": v for k, v in g.weights.items()}
+        | {f"classifier.{k}": v for k, v in f.weights.items()},
+        "names": {"purifier": purifier, "classifier": classifier},
+    }
+    return defense
+
+
+def evaluate(
+    defense: Defense, data: str | tuple[Tensor, Tensor] = "fashion-mnist", attack: str | Attack = "autoattack", **settings
+) -> Result:
+    """Attack ``defense`` and return its rows and records; what is on disk already is not computed again.
+
+    Args:
+        defense: from ``load``, or ``purifiers.Defense(purifier, classifier)`` of any modules.
+        data: a data set's name, or (images in [0, 1], labels).
+        attack: a spec, e.g. "pgd:steps=50".
+        **settings: the fields of ``Settings``: norm, eps, n, budget, view, seed, out, …
+
+    Raises:
+        UsageError: for settings that can't be met.
+        RunError: if the defense fails a check, the attack leaves its threat model, or the disk fails.
+        Incomplete: if ``stop_after`` seconds passed.
+    """
+    cell = Cell(defense, data, str(attack), Settings(**settings))
+    folder = cell.run()
+    finished = read_run(folder)
+    return Result(report.rows([finished]), finished["records"], folder)
+
+
+class Cell:
+    """One cell of a table, ready to run: components, identity, plan and folder."""
+
+    def __init__(
+        self, defense: Defense, source: str | tuple[Tensor, Tensor], attack: str, settings: Settings
+    ):
+        self.settings = s = settings
+        self.device = torch.device(s.device)
+        chosen = config.budget(s.budget, self.device.type)
+        if s.norm not in NORMS:
+            raise UsageError(registry.unknown("norm", s.norm, sorted(NORMS)))
+        if s.view not in VIEWS:
+            raise UsageError(registry.unknown("view", s.view, sorted(VIEWS)))
+        self.n = chosen.n if s.n is None else s.n
+        if self.n < 1:
+            raise UsageError(f"--n-examples {self.n}: at least one image is needed")
+        self.defense = defense.to(self.device)
+        self.stochastic = defense.stochastic
+        spec = registry.parse(attack)
+        component = registry.load("attacks", spec.name, spec.argument)
+        options, untouched = config.attack_options(spec, component, chosen, self.stochastic)
+        try:
+            self.attack: Attack = component(**options)
+        except ValueError as error:
+            raise UsageError(f"{spec.name}: {error}") from error
+        self.select = chosen.select if self.stochastic else 1
+        self.draws = (chosen.draws if s.draws is None else s.draws) if self.stochastic else 1
+        if self.draws < 1:
+            raise UsageError(f"--draws {self.draws}: at least one draw is needed")
+        self.whole_blocks = self.attack.package is not None and not self.stochastic
+        self.data = _data(source, self.n, s)
+        eps = config.radius(s.eps, s.norm, self.data.family)
+        self.threat: ThreatModel = NORMS[s.norm](eps)
+        custom = not untouched or (s.draws is not None and s.draws != chosen.draws)
+        described = getattr(defense, "described", None) or _describe(defense)
+        attacker = defense
+        if s.attacker:
+            attacker = load(
+                s.attacker, described["names"]["classifier"], self.data.family,
+                copies=defense.copies, combine=defense.combine, weights=s.weights,
+            ).to(self.device)  # fmt: skip
+        self.attacker = attacker
+        self.identity = config.Identity(
+            dataset=self.data.name,
+            fingerprint=self.data.fingerprint,
+            purifier=described["purifier"],
+            classifier=described["classifier"],
+            weights=described["weights"],
+            copies=defense.copies,
+            combine=defense.combine,
+            attack=str(registry.Spec(spec.name, spec.argument, options)),
+            norm=s.norm,
+            eps=config.eps_text(eps),
+            view=s.view,
+            attacker=attacker.described["purifier"] if s.attacker else None,  # type: ignore[index]
+            budget="custom" if custom else chosen.name,
+            select=self.select,
+            draws=self.draws,
+            seed=s.seed,
+            precision="float32",
+        )
+        eot = options.get("eot", 1)
+        self.rows = s.rows or min(128 if self.device.type == "cpu" else 2048, BLOCK * eot)
+        if self.rows < 1 or self.rows % 32:
+            raise UsageError(f"--batch-size {self.rows}: row counts are multiples of 32, so that no row sees its place")
+        self.plan: Plan = plan(
+            self.attack, stochastic=self.stochastic, nfe=defense.nfe, n=self.n, select=self.select, draws=self.draws,
+            versions=len(getattr(self.attack, "members", [])) or getattr(self.attack, "restarts", 1),
+        )  # fmt: skip
+        display = self.attack.display(self.stochastic)
+        if self.whole_blocks:
+            display = display.replace(str(self.attack.package), f"{self.attack.package} {version(str(self.attack.package))}")
+        names = described["names"] | {"attack": attack, "display": display}
+        self.folder = Run(
+            Path(s.out), self.identity, names,
+            {"environment": environment(s.device, self.rows), "stochastic": self.stochastic, "nfe": defense.nfe,
+             "observed": self.attack.evaluations(self.stochastic), "preflight": s.preflight, "classes": self.data.classes},
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        i = self.identity
+        return (
+            f"{self.folder.settings['names']['purifier']} + {self.folder.settings['names']['classifier']} under "
+            f"{self.folder.settings['names']['display']}, {i.norm} {i.eps}, view {i.view}, {i.dataset} n={self.n}, seed {i.seed}"
+        )
+
+    def run(self) -> Path:
+        """Attack every example that isn't recorded yet; returns the folder."""
+        s, began = self.settings, time.monotonic()
+        self.folder.open(self.n, self.data.shape, mixed_environment=s.mixed_environment)
+        done = self.folder.done()
+        starts = [
+            first
+            for first in range(0, self.n, BLOCK)
+            if any(int(i) not in done for i in self.data.ids[first : min(first + BLOCK, self.n)])
+        ]
+        if not starts:
+            return self.folder.finish()
+        self._preflight()
+        length = self.attack.length(self.stochastic)
+        with tqdm(
+            total=len(starts) * length, unit="it", disable=s.quiet, mininterval=0.5 if sys.stderr.isatty() else 20,
+            desc=f"{self.folder.settings['names']['display']}",
+        ) as bar:  # fmt: skip
+            for first in starts:
+                self._block(first, done, bar, began)
+                shown = [r for r in self.folder.done().values()]
+                robust = np.mean([np.mean(np.array(r["adv"]) == r["label"]) for r in shown])
+                bar.set_postfix_str(f"robust {robust:.1%} of {len(shown)}")
+        return self.folder.finish()
+
+    def _preflight(self) -> None:
+        if not self.settings.preflight:
+            return
+        few = slice(0, min(8, len(self.data)))
+        checks = preflight(
+            self.defense, VIEWS[self.settings.view](), self.data.images(few).to(self.device),
+            self.data.labels[few].to(self.device), self.data.ids[few], seed=self.settings.seed, rows=32,
+        )  # fmt: skip
+        if failed := failures(checks):
+            lines = "\n".join(f"  {c.id}: {c.value} (expected {c.threshold}): {c.advice}" for c in failed)
+            raise RunError(f"preflight failed, nothing was run (--no-preflight runs anyway, and the table says so):\n{lines}")
+
+    def _block(self, first: int, done: dict[int, dict], bar: tqdm, began: float) -> None:
+        """Attack and judge the images from position ``first`` on, and record those that weren't."""
+        s, started = self.settings, time.monotonic()
+        # a package's search depends on its whole block: so that raising n extends the run, a block is never cut short
+        last = min(first + BLOCK, len(self.data) if self.whole_blocks else self.n)
+        x = self.data.images(slice(first, last)).to(self.device)
+        y = self.data.labels[first:last].to(self.device)
+        ids = self.data.ids[first:last]
+        tape = Tape(s.seed, "attack", ids)
+        view = VIEWS[s.view](keep=self._keep(x, tape))
+        victim = Victim(self.attacker, view, tape, rows=self.rows, stochastic=self.stochastic)
+        saved = time.monotonic()
+        state = self.folder.load_state(first)
+        if state is not None:
+            bar.update(int(state["done"]))
+
+        def watch(k: int, state: dict[str, Tensor]) -> None:
+            nonlocal saved
+            bar.update(1)
+            over = s.stop_after is not None and time.monotonic() - began > s.stop_after
+            if over or time.monotonic() - saved > SAVE_EVERY:
+                self.folder.save_state(first, state)
+                saved = time.monotonic()
+            if over:
+                raise Incomplete
+
+        try:
+            found = self.attack.perturb(x, y, victim, self.threat, state=state, watch=watch)
+        except AttackError as error:
+            raise RunError(f"{self}: {error}") from error
+        x_adv, select = self._chosen(found.candidates, y, ids)
+        logits = {
+            "select": select,
+            "clean": self._draws(x, ids, "clean", self.draws),
+            "adv": self._draws(x_adv, ids, "verdict", self.draws),
+            "random": self._draws(x, ids, "random", self.draws, control=True),
+        }
+        null = self._null(x, y, ids)
+        predicted = {k: _classes(v) for k, v in logits.items()}
+        distance = self.threat.distance(x_adv, x)
+        extra = 3 * self.draws + len(found.candidates) * self.select
+        records = [
+            {
+                "id": int(ids[i]),
+                "label": int(y[i]),
+                **{k: predicted[k][i].tolist() for k in ("clean", "adv", "select", "random")},
+                "distance": float(distance[i]),
+                "broken_at": int(found.broken_at[i]),
+                "null_wrong": int(null[i]),
+                "fallback": bool(distance[i] == 0),
+                "package_verdict": None if found.package_correct is None else bool(found.package_correct[i]),
+                "forwards": found.forwards + extra + (self.attack.evaluations(True) if self.stochastic else 0),
+                "backwards": found.backwards,
+            }
+            for i in range(len(ids))
+        ]
+        new = [i for i in range(min(last, self.n) - first) if int(ids[i]) not in done]
+        self.folder.write(
+            [first + i for i in new], [records[i] for i in new], x_adv.cpu().numpy()[new],
+            {k: v.cpu().numpy()[new] for k, v in logits.items()},
+        )  # fmt: skip
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        self.folder.note_time({"first": first, "images": len(new), "seconds": time.monotonic() - started, "peak_bytes": peak})
+
+    def _keep(self, x: Tensor, tape: Tape) -> int | None:
+        """How many stages' graphs fit into memory, found out once."""
+        if not hasattr(self, "_kept"):
+            budget = torch.cuda.mem_get_info()[0] // 2 if self.device.type == "cuda" else GRAPH_BUDGET
+            self._kept = affordable(self.attacker.purifier, x[:1], tape[:1], self.rows, budget)
+        return self._kept
+
+    def _chosen(self, candidates: Tensor, y: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Per image the candidate with the fewest correct ``select`` draws, and the logits of those draws."""
+        logits = torch.stack(
+            [self._draws(c, ids, "select", self.select, "candidate", v) for v, c in enumerate(candidates)]
+        )
+        correct = (_classes(logits) == y[:, None]).sum(-1)
+        best, rows = correct.argmin(0), torch.arange(len(y), device=y.device)
+        return candidates[best, rows], logits[best, rows]
+
+    def _draws(
+        self, x: Tensor, ids: Tensor, role: str, count: int, *site: str | int, control: bool = False
+    ) -> Tensor:
+        """Logits of ``count`` keyed draws per image, shape (B, count, K); with a random perturbation per draw if asked."""
+        tape = Tape(self.settings.seed, role, ids).fold(*site).draws(count)
+        rows = x.repeat_interleave(count, 0)
+        if control:
+            rows = self.threat.control(rows, tape)
+        labels = torch.zeros(len(rows), dtype=torch.long, device=x.device)
+        with torch.no_grad():
+            parts = [
+                self.defense(inputs, noise)[:real] for inputs, _, noise, real in blocks(self.rows, rows, labels, tape)
+            ]
+        return torch.cat(parts).unflatten(0, (-1, count))
+
+    def _null(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        """Of as many draws as the attack sees in its loop, how many are wrong at x itself."""
+        if not self.stochastic:
+            return torch.zeros(len(x), dtype=torch.long)
+        predicted = _classes(self._draws(x, ids, "null", self.attack.evaluations(True)))
+        return (predicted != y[:, None]).sum(1)
+
+
+def _data(source: str | tuple[Tensor, Tensor], n: int, s: Settings) -> data.Dataset:
+    """At least n examples, by name or from tensors."""
+    if isinstance(source, str):
+        pool = data.load(source, n, data_dir=s.data_dir, offline=s.offline)
+        pool.first(n)  # an error if there are fewer
+        return pool
+    images, labels = source
+    if images.ndim != 4 or len(images) != len(labels) or images.min() < 0 or images.max() > 1:
+        raise UsageError("data tensors are (images in [0, 1] of shape (N, C, H, W), labels of shape (N,))")
+    digest = hashlib.sha256(images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()
+    if n > len(labels):
+        raise UsageError(f"the tensors hold {len(labels):,} examples, n asked for {n:,}")
+    return data.Dataset("tensors", images, labels.long(), torch.arange(len(labels)), digest, int(labels.max()) + 1)
+
+
+def _describe(defense: Defense) -> dict[str, Any]:
+    """The identity of a defense that was built by hand: its classes, and a hash of everything it holds."""
+    weights = {}
+    for part in ("purifier", "classifier"):
+        digest = hashlib.sha256()
+        for key, value in getattr(defense, part).state_dict().items():
+            digest.update(key.encode() + value.detach().cpu().numpy().tobytes())
+        weights[part] = digest.hexdigest()
+    names = {part: type(getattr(defense, part)).__name__ for part in ("purifier", "classifier")}
+    return {**names, "weights": weights, "names": names}
+
+
+def _classes(logits: Tensor) -> Tensor:
+    """Predicted classes; -1 where a row isn't finite."""
+    return torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
+
+
+def grid(
+    purifiers: str, classifiers: str, attacks: str, dataset: str, settings: Settings, copies: int, combine: str
+) -> Iterator[Cell]:
+    """The cells of specs with lists, braces and ``all``; made one at a time, so that one defense is in memory."""
+    roots = [Path(settings.weights)] if settings.weights else None
+    family = dataset.split(":")[0].replace("_", "-")
+    lists = []
+    for kind, text in (("purifiers", purifiers), ("classifiers", classifiers), ("attacks", attacks)):
+        if text == "all":
+            known = registry.names(kind) if kind == "attacks" else checkpoints.names(kind, family, roots)
+            lists.append(known)
+        else:
+            lists.append(list(dict.fromkeys(s for item in registry.expand(text) for s in registry.split(item))))
+    for p in lists[0]:
+        for c in lists[1]:
+            defense = load(p, c, dataset, copies=copies, combine=combine, weights=settings.weights)
+            for a in lists[2]:
+                yield Cell(defense, dataset, a, settings)
+
+

@@ -1,0 +1,43 @@
+"""What a run will cost, before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attacks import Attack
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Draws of the defense per image, and image passes of the purifier's network in all.
+
+    A pass is one image through the network once, forward or backward. For a third-party attack it is an upper bound:
+    images that break leave early.
+    """
+
+    n: int
+    nfe: int
+    forwards: int
+    backwards: int
+    upper_bound: bool
+
+    @property
+    def passes(self) -> int:
+        return self.n * self.nfe * (self.forwards + self.backwards)
+
+    def __str__(self) -> str:
+        bound = "at most " if self.upper_bound else ""
+        return (
+            f"plan: {self.n} images × ({bound}{self.forwards:,} forward + {self.backwards:,} backward draws) × "
+            f"{self.nfe} network evaluations = {bound}{self.passes:,} image passes"
+        )
+
+
+def plan(attack: Attack, *, stochastic: bool, nfe: int, n: int, select: int, draws: int, versions: int) -> Plan:
+    """The plan of one cell: the attack, the null floor (its in-loop draws at x, forward), selection, three verdicts."""
+    observed = attack.evaluations(stochastic)
+    verdicts = 3 * draws + versions * select
+    null = observed if stochastic else 0
+    return Plan(
+        n, nfe, observed + null + verdicts, attack.gradients(stochastic), attack.package is not None and not stochastic
+    )

@@ -1,0 +1,140 @@
+"""Checks of a defense before the first example: a run that would measure a fault doesn't start."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from attacks._gradient import ce
+from attacks._views import Exact, View
+from purifiers import Defense, Tape
+
+
+class Check(NamedTuple):
+    """One check: status is "pass", "fail" or "n/a"; advice says what to do about a failure."""
+
+    id: str
+    status: str
+    value: float | str
+    threshold: float | str
+    advice: str
+
+
+def preflight(defense: Defense, view: View, x: Tensor, y: Tensor, ids: Tensor, *, seed: int, rows: int) -> list[Check]:
+    """Run all checks on the first few images; at most about 2 % of a run.
+
+    Args:
+        defense: what is attacked.
+        view: what the attacker differentiates.
+        x, y, ids: images, labels and ids, at least one.
+        seed: the run's seed.
+        rows: the fixed row count of every call.
+    """
+    repeat = torch.arange(rows) % len(x)
+    images, labels = x[repeat], y[repeat]
+    tape = Tape(seed, "preflight", ids[repeat], torch.arange(rows) // len(x))
+    with torch.no_grad():
+        purified = _purify(defense, images, tape)
+        logits = defense(images, tape)
+        again = defense(images, tape)
+        other = defense(images, tape.fold("other"))
+        order = torch.arange(rows).roll(1)
+        moved = defense(images[order], tape[order])[order.argsort()]
+    shares = logits.softmax(1).sum(1), logits.sum(1)
+    probabilities = bool((logits >= 0).all() and torch.allclose(shares[1], torch.ones_like(shares[1]), atol=1e-4))
+    spread = max(float((logits - other).abs().max()), 0.0)
+    repeatable = float((logits - again).abs().max())
+    position = float((logits - moved).abs().max())
+    scale = float(logits.abs().max().clamp_min(1))
+    training = [name or "defense" for name, module in defense.named_modules() if module.training]
+    low, high = float(purified.min()), float(purified.max())
+    checks = [
+        _check("finite-logits", bool(logits.isfinite().all()), "", "all finite", "look for overflow in the defense"),
+        _check(
+            "logits-not-probabilities", not probabilities, "", "rows don't sum to 1",
+            "return logits: CE on probabilities has vanishing gradients, and the attack would fail for that reason",
+        ),
+        _check(
+            "range", low >= -1e-6 and high <= 1 + 1e-6, f"[{low:.3g}, {high:.3g}]", "[0, 1]",
+            "a purifier returns images in [0, 1]: clamp in finish, inside the gradient",
+        ),
+        _check("eval-mode", not training, ", ".join(training[:3]), "no module training", "call defense.eval()"),
+        _check(
+            "repeatable", repeatable <= 1e-5 * scale, repeatable, 1e-5 * scale,
+            "the same tape gave other logits: draw all randomness from the tape (noise.normal(site, like=x))",
+        ),
+        _check(
+            "row-position", position <= 1e-4 * scale, position, 1e-4 * scale,
+            "a row's result depends on its neighbours: look for batch statistics or batch means",
+        ),
+        _check(
+            "stochastic-as-declared", defense.stochastic == (spread > 1e-6 * scale), spread,
+            "> 0" if defense.stochastic else "0",
+            f"declared stochastic = {defense.stochastic}, but two draws differ by {spread:.3g}",
+        ),
+    ]  # fmt: skip
+    return checks + _gradient_checks(defense, view, x[:2], y[:2], Tape(seed, "preflight", ids[:2]))
+
+
+def failures(checks: list[Check]) -> list[Check]:
+    """The checks that forbid a run."""
+    return [check for check in checks if check.status == "fail"]
+
+
+def _gradient_checks(defense: Defense, view: View, x: Tensor, y: Tensor, tape: Tape) -> list[Check]:
+    """Zero gradients, and the view's gradient against central differences along two directions, in float64."""
+    images = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(ce(defense(images, tape, view), y).sum(), images)
+    norms = gradient.flatten(1).norm(dim=1)
+    zero = float((norms == 0).float().mean())
+    checks = [
+        _check(
+            "zero-gradients", zero < 1, zero, "< 1",
+            "no gradient reaches the input: rounding, argmax or no_grad inside the defense; a CE attack means nothing",
+        )
+    ]  # fmt: skip
+    if not isinstance(view, Exact):
+        return [*checks, Check("finite-differences", "n/a", "", "", "only the exact view claims to be the gradient")]
+    error = finite_difference_error(lambda d, z: ce(d(z, tape, view), y), defense, x.double())
+    return [
+        *checks,
+        _check(
+            "finite-differences", error <= 1e-2, error, 1e-2,
+            "the gradient isn't that of the defense: look for detach, no_grad or a custom backward",
+        ),
+    ]  # fmt: skip
+
+
+def finite_difference_error(
+    loss: Callable[[nn.Module, Tensor], Tensor], module: nn.Module, x: Tensor, h: float = 1e-5
+) -> float:
+    """The largest |⟨g, d⟩ - (L(x + h d) - L(x - h d)) / 2h| / ‖g‖ over images and two directions, in float64.
+
+    The directions are the gradient's own and a fixed pseudo-random one, both of length 1.
+    """
+    module = copy.deepcopy(module).double()
+    images = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(module, images).sum(), images)
+    norm = gradient.flatten(1).norm(dim=1).clamp_min(1e-300).view(-1, 1, 1, 1)
+    wave = torch.sin(torch.arange(x[0].numel(), dtype=x.dtype, device=x.device) ** 1.5).view(x[:1].shape)
+    worst = 0.0
+    for direction in (gradient / norm, (wave / wave.norm()).expand_as(x)):
+        with torch.no_grad():
+            slope = (loss(module, x + h * direction) - loss(module, x - h * direction)) / (2 * h)
+        along = (gradient * direction).flatten(1).sum(1)
+        worst = max(worst, float(((along - slope).abs() / norm.flatten()).max()))
+    return worst
+
+
+def _purify(defense: Defense, x: Tensor, tape: Tape) -> Tensor:
+    from purifiers._base import call
+
+    return call(defense.purifier, x, tape)
+
+
+def _check(name: str, good: bool, value: float | str, threshold: float | str, advice: str) -> Check:
+    return Check(name, "pass" if good else "fail", value, threshold, advice)

@@ -1,0 +1,216 @@
+"""Components by name: a file in ``purifiers``, ``attacks`` or ``classifiers`` is a component, with no list to keep."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import itertools
+import pkgutil
+import re
+import typing
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from benchmark.errors import UsageError
+
+BASES = {"purifiers": "Purifier", "attacks": "Attack", "classifiers": "Classifier"}
+Value = int | float | Fraction | bool | str | list
+
+
+@dataclass(frozen=True)
+class Spec:
+    """``name[:argument][,key=value…]``: a component with options."""
+
+    name: str
+    argument: str | None = None
+    options: dict[str, Value] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        head = self.name if self.argument is None else f"{self.name}:{self.argument}"
+        pairs = [f"{key}={show(value)}" for key, value in sorted(self.options.items())]
+        if not pairs:
+            return head
+        return head + (":" if self.argument is None else ",") + ",".join(pairs)
+
+
+def show(value: Value | None) -> str:
+    """A value as a spec writes it."""
+    if isinstance(value, list | tuple):
+        return "+".join(show(v) for v in value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def read(text: str) -> Value:
+    """A spec's value: int, float, fraction, bool, word, or a list joined by ``+``."""
+    if "+" in text.strip("+") and not re.fullmatch(r"[-+]?[\d.]+[eE]\+\d+", text):
+        return [read(item) for item in text.split("+")]
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for pattern, make in ((r"[-+]?\d+", int), (r"[-+]?\d+/\d+", Fraction)):
+        if re.fullmatch(pattern, text):
+            return make(text)
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def expand(text: str) -> list[str]:
+    """All readings of ``{a,b}`` alternatives: "vae:temperature={0,1}" is two specs."""
+    braces = re.search(r"\{([^{}]*)\}", text)
+    if not braces:
+        return [text]
+    heads = (text[: braces.start()] + option + text[braces.end() :] for option in braces.group(1).split(","))
+    return list(itertools.chain.from_iterable(expand(head) for head in heads))
+
+
+def split(text: str) -> list[str]:
+    """The specs of a comma-separated list; an item with "=" before any ":" belongs to the spec before it."""
+    specs: list[str] = []
+    for item in text.split(","):
+        head, colon, _ = item.partition(":")
+        continues = "=" in head if colon else "=" in item
+        if continues and specs:
+            specs[-1] += "," + item
+        else:
+            specs.append(item)
+    return [spec for spec in (s.strip() for s in specs) if spec]
+
+
+def parse(text: str) -> Spec:
+    """Read one spec.
+
+    Raises:
+        UsageError: if it isn't ``name[:argument][,key=value…]``.
+    """
+    head, *items = text.strip().split(",")
+    name, colon, rest = head.partition(":")
+    argument: str | None = rest if colon else None
+    if argument and re.match(r"^\w+=", argument):
+        items, argument = [argument, *items], None
+    options: dict[str, Value] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key or not value:
+            raise UsageError(f"{text!r}: expected key=value, got {item!r}; a spec is name[:argument][,key=value...]")
+        options[key.strip().replace("-", "_")] = read(value.strip())
+    if not name:
+        raise UsageError(f"{text!r} names no component; a spec is name[:argument][,key=value...]")
+    return Spec(name if name == "file" else name.replace("_", "-").lower(), argument or None, options)
+
+
+def names(kind: str) -> list[str]:
+    """The components of a kind that files and installed packages offer."""
+    package = importlib.import_module(kind)
+    own = {m.name.replace("_", "-") for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")}
+    return sorted(own | {p.name.replace("_", "-") for p in importlib.metadata.entry_points(group=kind)})
+
+
+def load(kind: str, name: str, argument: str | None = None) -> type:
+    """The class of a component: ``purifiers.diffpure``'s one public Purifier for ("purifiers", "diffpure").
+
+    Args:
+        kind: "purifiers", "attacks" or "classifiers".
+        name: the file's name, an entry point's name, or "file".
+        argument: for "file": ``PATH.py:Class``.
+
+    Raises:
+        UsageError: for an unknown name, with the nearest and all; or for a file that doesn't define the class.
+    """
+    if name == "file":
+        return _from_file(kind, argument)
+    plugins = {p.name.replace("_", "-"): p for p in importlib.metadata.entry_points(group=kind)}
+    if name not in names(kind):
+        raise UsageError(unknown(kind[:-1], name, names(kind)))
+    if name in plugins:
+        return plugins[name].load()
+    module = importlib.import_module(f"{kind}.{name.replace('-', '_')}")
+    (component,) = _components(kind, module)
+    return component
+
+
+def options(component: type) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of a component's constructor."""
+    parameters = inspect.signature(component).parameters
+    return {k: p for k, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def resolve(component: type, spec: Spec, defaults: dict[str, Value] | None = None) -> dict[str, Any]:
+    """Every option of a component: the class's defaults, then a card's, then the spec's, each of the declared type.
+
+    Raises:
+        UsageError: for an option that the component doesn't have, or a value of the wrong type.
+    """
+    known = options(component)
+    chosen: dict[str, Any] = {k: p.default for k, p in known.items()} | (defaults or {})
+    for key, value in spec.options.items():
+        if key not in known:
+            raise UsageError(f"{spec.name}: {unknown('option', key, sorted(known))}")
+        chosen[key] = _typed(value, _hint(component, known[key]), f"{spec.name}: {key}")
+    return chosen
+
+
+def unknown(kind: str, name: str, known: list[str]) -> str:
+    """The message for a name that doesn't exist: the nearest ones, and the whole list."""
+    near = difflib.get_close_matches(name, known, 3, 0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return f"unknown {kind} {name!r}{hint} known: {', '.join(known) or 'none'}" if hint else (
+        f"unknown {kind} {name!r}; known: {', '.join(known) or 'none'}"
+    )
+
+
+def _hint(component: type, parameter: inspect.Parameter) -> Any:
+    """The type of an option; annotations are strings wherever a module postpones them."""
+    hint = parameter.annotation
+    if hint is inspect.Parameter.empty:
+        return type(parameter.default)
+    return eval(hint, vars(inspect.getmodule(component))) if isinstance(hint, str) else hint
+
+
+def _typed(value: Value, hint: Any, what: str) -> Any:
+    """``value`` as the declared type, where that loses nothing."""
+    kinds = typing.get_args(hint) or (hint,)
+    if hint is object or any(isinstance(value, k) and not (k is int and isinstance(value, bool)) for k in kinds if isinstance(k, type)):
+        return value
+    if float in kinds and isinstance(value, int | Fraction) and not isinstance(value, bool):
+        return float(value)
+    if Fraction in kinds and isinstance(value, int | float):
+        return Fraction(str(value))
+    wanted = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)
+    raise UsageError(f"{what} takes {wanted}, got {show(value)!r}")
+
+
+def _components(kind: str, module: ModuleType) -> list[type]:
+    """The public subclasses of a kind's base that a module itself defines."""
+    base = getattr(importlib.import_module(kind), BASES[kind])
+    return [
+        c
+        for n, c in vars(module).items()
+        if inspect.isclass(c) and issubclass(c, base) and c.__module__ == module.__name__ and not n.startswith("_")
+    ]
+
+
+def _from_file(kind: str, argument: str | None) -> type:
+    path, _, name = (argument or "").partition(":")
+    file = Path(path)
+    if not path.endswith(".py") or not file.is_file():
+        raise UsageError(f"file:{argument}: {path or 'PATH'} is no Python file; write file:PATH.py:Class")
+    module_spec = importlib.util.spec_from_file_location(f"_file_{file.stem}", file)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    found = {c.__name__: c for c in _components(kind, module)}
+    if name not in found and not (not name and len(found) == 1):
+        raise UsageError(
+            f"file:{argument}: {unknown(BASES[kind], name, sorted(found))}; "
+            f"the class must derive from {kind}.{BASES[kind]}"
+        )
+    return found[name] if name else next(iter(found.values()))

@@ -1,0 +1,194 @@
+"""Tables from records: one row per run, and the worst case over attacks."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmark import stats
+from benchmark.errors import UsageError
+
+COLUMNS = (
+    "dataset purifier classifier attack display view norm eps budget n draws seed clean clean_low clean_high "
+    "robust robust_low robust_high clean_majority robust_majority clean_worst robust_worst robust_any_iteration "
+    "null_floor random_control nfe forwards backwards seconds_per_image grade run"
+).split()
+CELL = ("dataset", "purifier", "classifier", "attacker", "copies", "combine", "view", "norm", "eps", "seed", "weights")
+"""What runs must share to be one defense under one threat, attacked in several ways."""
+HEADLINE = ("pgd", "autoattack")
+"""The attacks whose worst case is the headline of a stochastic defense."""
+
+
+def rows(runs: Iterable[dict[str, Any]], *, worst_case: bool = False) -> list[dict[str, Any]]:
+    """The rows of ``report --format json``: accuracies are fractions, unknown values None.
+
+    With ``worst_case``, each group of runs that differ by nothing but the attack gets one more row: per image the attack
+    with the fewest correct ``select`` draws, judged by *its* verdict draws. Verdict draws choose nothing.
+    """
+    runs = [r for r in runs if r["records"]]
+    table = [_row(run, run["records"]) for run in runs]
+    if worst_case:
+        for group in _groups(runs).values():
+            if len(group) > 1:
+                table.append(_worst_row(group))
+    return table
+
+
+def render(table: list[dict[str, Any]], form: str) -> str:
+    """The rows as "md", "csv" or "json".
+
+    Raises:
+        UsageError: for another format.
+    """
+    if form == "json":
+        return json.dumps(table, indent=2) + "\n"
+    if form == "csv":
+        buffer = io.StringIO()
+        pd.DataFrame(table, columns=list(COLUMNS)).to_csv(buffer, index=False, lineterminator="\n")
+        return buffer.getvalue()
+    if form == "md":
+        return _markdown(table)
+    raise UsageError(f"--format {form}: known formats are md, csv, json")
+
+
+def shares(records: list[dict[str, Any]], key: str = "adv") -> np.ndarray:
+    """The share of correct draws per image."""
+    label = np.array([r["label"] for r in records])
+    return stats.mean_rule(_predicted(records, key) == label[:, None])
+
+
+def _row(run: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+    identity, names = run["identity"], run["names"]
+    label = np.array([r["label"] for r in records])
+    clean, adv, random = (_predicted(records, key) for key in ("clean", "adv", "random"))
+    draws = adv.shape[1]
+    clean_accuracy = stats.accuracy(stats.mean_rule(clean == label[:, None]), draws)
+    robust = stats.accuracy(stats.mean_rule(adv == label[:, None]), draws)
+    stochastic = run["stochastic"]
+    broken = np.array([r["broken_at"] for r in records]) >= 0
+    observed = names["attack"] != WORST and (stochastic or run.get("in_loop", True))
+    notes = [] if run.get("preflight", True) else ["no preflight"]
+    notes += ["mixed environment"] if run.get("mixed_environment") else []
+    notes += [] if run.get("complete", True) else [f"incomplete: {len(records)} of {run['n']}"]
+    return {
+        "dataset": identity["dataset"],
+        "purifier": names["purifier"],
+        "classifier": names["classifier"],
+        "attack": names["attack"],
+        "display": names["display"] + "".join(f" [{note}]" for note in notes),
+        "view": identity["view"] if not identity["attacker"] else f"{identity['view']}@{identity['attacker']}",
+        "norm": identity["norm"],
+        "eps": identity["eps"],
+        "budget": identity["budget"],
+        "n": len(records),
+        "draws": draws,
+        "seed": identity["seed"],
+        "clean": clean_accuracy.mean,
+        "clean_low": clean_accuracy.low,
+        "clean_high": clean_accuracy.high,
+        "robust": robust.mean,
+        "robust_low": robust.low,
+        "robust_high": robust.high,
+        "clean_majority": float(stats.majority_rule(clean, label).mean()),
+        "robust_majority": float(stats.majority_rule(adv, label).mean()),
+        "clean_worst": float(stats.worst_rule(clean == label[:, None]).mean()),
+        "robust_worst": float(stats.worst_rule(adv == label[:, None]).mean()),
+        "robust_any_iteration": float((~broken).mean()) if observed and stochastic else None,
+        "null_floor": float(np.mean([r["null_wrong"] == 0 for r in records])) if observed and stochastic else None,
+        "random_control": float((random == label[:, None]).mean()),
+        "nfe": run["nfe"],
+        "forwards": float(np.mean([r["forwards"] for r in records])),
+        "backwards": float(np.mean([r["backwards"] for r in records])),
+        "seconds_per_image": run["seconds"] / len(records) if run["seconds"] else None,
+        "grade": None,
+        "run": str(run["folder"]),
+    }
+
+
+WORST = "worst-case"
+
+
+def _groups(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        key = json.dumps([run["identity"][k] for k in CELL], sort_keys=True)
+        groups.setdefault(key, []).append(run)
+    return groups
+
+
+def _worst_row(group: list[dict[str, Any]]) -> dict[str, Any]:
+    group = sorted(group, key=lambda run: run["identity"]["attack"])
+    by_id = [{r["id"]: r for r in run["records"]} for run in group]
+    common = sorted(set.intersection(*map(set, by_id)))
+    chosen = [min((records[i] for records in by_id), key=_survival) for i in common]
+    names = group[0]["names"] | {
+        "attack": WORST,
+        "display": f"worst case of {', '.join(run['names']['display'] for run in group)}",
+    }
+    budgets = {run["identity"]["budget"] for run in group}
+    merged = group[0] | {
+        "identity": group[0]["identity"] | {"budget": budgets.pop() if len(budgets) == 1 else "mixed"},
+        "names": names,
+        "preflight": all(run.get("preflight", True) for run in group),
+        "mixed_environment": any(run.get("mixed_environment") for run in group),
+        "complete": True,
+        "seconds": sum(run["seconds"] for run in group),
+        "folder": " + ".join(str(run["folder"]) for run in group),
+    }
+    row = _row(merged, chosen)
+    for cost in ("forwards", "backwards"):
+        row[cost] = float(sum(np.mean([records[i][cost] for i in common]) for records in by_id))
+    return row
+
+
+def _survival(record: dict[str, Any]) -> float:
+    """Share of correct ``select`` draws."""
+    return float(np.mean(np.array(record["select"]) == record["label"]))
+
+
+def _predicted(records: list[dict[str, Any]], key: str) -> np.ndarray:
+    return np.array([r[key] for r in records])
+
+
+def _markdown(table: list[dict[str, Any]]) -> str:
+    """A table to read: accuracies in percent with their 95 % intervals."""
+    if not table:
+        return "no finished example yet\n"
+    head = (
+        "purifier | classifier | attack | view | norm | eps | n | draws | clean % [95 %] | robust % [95 %] | "
+        "majority clean / robust | worst draw clean / robust | any iteration (null floor) | random noise | NFE | s/image"
+    )
+    lines = [f"| {head} |", "|" + "---|" * (head.count(" | ") + 1)]
+    for r in table:
+        any_iteration = "–"
+        if r["robust_any_iteration"] is not None:
+            any_iteration = f"{_percent(r['robust_any_iteration'])} ({_percent(r['null_floor'])})"
+        seconds = "–" if r["seconds_per_image"] is None else f"{r['seconds_per_image']:.2g}"
+        cells = [
+            r["purifier"], r["classifier"], r["display"], r["view"], r["norm"], r["eps"], str(r["n"]), str(r["draws"]),
+            f"{_percent(r['clean'])} [{_percent(r['clean_low'])}, {_percent(r['clean_high'])}]",
+            f"{_percent(r['robust'])} [{_percent(r['robust_low'])}, {_percent(r['robust_high'])}]",
+            f"{_percent(r['clean_majority'])} / {_percent(r['robust_majority'])}",
+            f"{_percent(r['clean_worst'])} / {_percent(r['robust_worst'])}",
+            any_iteration, _percent(r["random_control"]), str(r["nfe"]), seconds,
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+    datasets, seeds = sorted({r["dataset"] for r in table}), sorted({str(r["seed"]) for r in table})
+    budgets = sorted({r["budget"] for r in table})
+    lines += [
+        "",
+        f"{', '.join(datasets)}; budget {', '.join(budgets)}; seed {', '.join(seeds)}. Accuracy is the mean over fresh "
+        "verdict draws that no attack saw; clean accuracy stands under the same rule. Intervals are 95 % Wilson over "
+        "images and draws, and say nothing about training seeds. Any iteration: no draw in the attack's loop was ever "
+        "wrong; its null floor is what that rule reads at x itself.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"

@@ -1,0 +1,245 @@
+"""Runs on disk: records are facts about one image each, written once, readable at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmark.config import Identity, slug
+from benchmark.errors import RunError, UsageError
+
+PACKAGES = ("torch", "diffusers", "pyautoattack", "numpy", "scipy")
+
+
+def environment(device: str, rows: int) -> dict[str, Any]:
+    """What a run was made with and on: recorded, not hashed."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "missing"
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "device": device,
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "rows": rows,
+        "engine": "local",
+        "commit": _commit(),
+    }
+
+
+class Run:
+    """The folder of one cell: ``<out>/<dataset>/<purifier>/<attack>-<hash8>``.
+
+    ``run.json`` (identity, environment, names), ``journal.jsonl`` (a line per finished example), ``adversarial.npy`` (a
+    row is on disk before its line), ``logits/`` (a file per block, one ``logits.npz`` at the end), ``state.pt`` (an
+    attack under way), ``timing.jsonl`` (never in records), ``records.jsonl`` (the journal sorted, when all is done).
+
+    Raises:
+        UsageError: if the folder holds another configuration or environment.
+        RunError: if it can't be written.
+    """
+
+    def __init__(self, out: Path, identity: Identity, names: dict[str, str], settings: dict[str, Any]):
+        self.identity = identity
+        folder = f"{slug(names['attack'])}-{identity.hash8}"
+        self.folder = out / slug(identity.dataset) / slug(names["purifier"]) / folder
+        self.settings = settings | {"identity": asdict(identity), "names": names}
+
+    def open(self, n: int, shape: tuple[int, int, int], *, mixed_environment: bool = False) -> None:
+        """Create the folder, or check that it holds this very run, and make room for n examples."""
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / "run.json"
+            if path.exists():
+                self._check(json.loads(path.read_text()), mixed_environment)
+            replace(path, json.dumps(self.settings | {"n": n}, indent=2, sort_keys=True) + "\n")
+            self._room(n, shape)
+
+    def done(self) -> dict[int, dict[str, Any]]:
+        """The finished examples by id; a torn last line is dropped from the journal."""
+        path = self.folder / "journal.jsonl"
+        if not path.exists():
+            return {}
+        raw = path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if whole != raw:
+            with writing(self.folder):
+                replace(path, whole.decode())
+        return {r["id"]: r for r in map(json.loads, whole.decode().splitlines())}
+
+    def write(self, rows: list[int], records: list[dict[str, Any]], x_adv: np.ndarray, logits: dict) -> None:
+        """Finish the examples at positions ``rows``: images and logits first, then their lines, flushed to disk."""
+        with writing(self.folder):
+            images = np.lib.format.open_memmap(self.folder / "adversarial.npy", mode="r+")
+            images[rows] = x_adv
+            images.flush()
+            (self.folder / "logits").mkdir(exist_ok=True)
+            ids = np.array([r["id"] for r in records])
+            np.savez_compressed(self.folder / "logits" / f"{ids.min():09d}.npz", id=ids, **logits)
+            with (self.folder / "journal.jsonl").open("a") as journal:
+                journal.writelines(json.dumps(r) + "\n" for r in records)
+                journal.flush()
+                os.fsync(journal.fileno())
+
+    def note_time(self, entry: dict[str, Any]) -> None:
+        """Seconds and memory of a piece of work."""
+        with writing(self.folder), (self.folder / "timing.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def save_state(self, first: int, state: dict[str, torch.Tensor]) -> None:
+        """An attack under way on the block that starts at position ``first``."""
+        with writing(self.folder):
+            torch.save(state | {"first": torch.tensor(first)}, self.folder / "state.new")
+            (self.folder / "state.new").replace(self.folder / "state.pt")
+
+    def load_state(self, first: int) -> dict[str, torch.Tensor] | None:
+        """The saved state of that block, if it is of it."""
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return None
+        state = torch.load(path, weights_only=True)
+        return state if int(state.pop("first")) == first else None
+
+    def finish(self) -> Path:
+        """Sort the journal into ``records.jsonl`` and gather the logits; both renamed into place."""
+        with writing(self.folder):
+            records = [record for _, record in sorted(self.done().items())]
+            blocks = sorted((self.folder / "logits").glob("*.npz"))
+            if blocks:
+                self._gather(blocks)
+            (self.folder / "state.pt").unlink(missing_ok=True)
+            replace(self.folder / "records.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+        return self.folder
+
+    def _gather(self, blocks: list[Path]) -> None:
+        target = self.folder / "logits.npz"
+        pieces: list[dict[str, np.ndarray]] = []
+        for path in [*([target] if target.exists() else []), *blocks]:
+            with np.load(path) as piece:
+                pieces.append(dict(piece))
+        joined = {k: np.concatenate([p[k] for p in pieces]) for k in pieces[0]}
+        _, order = np.unique(joined["id"], return_index=True)
+        temporary = self.folder / "logits.new.npz"
+        np.savez_compressed(temporary, **{k: v[order] for k, v in joined.items()})
+        temporary.replace(target)
+        for path in blocks:
+            path.unlink()
+        (self.folder / "logits").rmdir()
+
+    def _check(self, found: dict[str, Any], mixed: bool) -> None:
+        if found["identity"] != self.settings["identity"]:
+            theirs, ours = found["identity"], self.settings["identity"]
+            differ = [k for k in ours if theirs.get(k) != ours[k]]
+            raise UsageError(
+                f"{self.folder} holds another configuration ({', '.join(differ)} differ): nothing was overwritten; "
+                "choose another --out or delete the folder"
+            )
+        old, new = (dict(s["environment"]) for s in (found, self.settings))
+        differ = [k for k in new if k != "commit" and old.get(k) != new[k]]
+        if differ and not mixed and self.done():
+            raise UsageError(
+                f"{self.folder} was begun in another environment ({', '.join(f'{k}: {old.get(k)} → {new[k]}' for k in differ)}); "
+                "continue it there, or pass --mixed-environment, which the table will say"
+            )
+        self.settings["mixed_environment"] = bool(differ and self.done()) or found.get("mixed_environment", False)
+
+    def _room(self, n: int, shape: tuple[int, int, int]) -> None:
+        path = self.folder / "adversarial.npy"
+        if path.exists():
+            old = np.load(path, mmap_mode="r")
+            if len(old) >= n:
+                return
+            larger = np.lib.format.open_memmap(path.with_suffix(".new"), "w+", np.float32, (n, *shape))
+            larger[: len(old)] = old
+            larger.flush()
+            path.with_suffix(".new").replace(path)
+        else:
+            np.lib.format.open_memmap(path, "w+", np.float32, (n, *shape)).flush()
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The settings of a run, with its finished records as "records" and its seconds as "seconds"."""
+    settings = json.loads((folder / "run.json").read_text())
+    final = folder / "records.jsonl"
+    journal = folder / "journal.jsonl"
+    source = final if final.exists() else journal
+    records = {}
+    for path in (final, journal):  # a run that was extended has newer lines in its journal
+        lines = path.read_text().split("\n") if path.exists() else []
+        records.update({r["id"]: r for r in map(json.loads, filter(None, lines[:-1]))})
+    timing = folder / "timing.jsonl"
+    times = [json.loads(line) for line in timing.read_text().splitlines()] if timing.exists() else []
+    return settings | {
+        "records": [records[k] for k in sorted(records)],
+        "complete": source == final and len(records) >= settings["n"],
+        "seconds": sum(t["seconds"] for t in times),
+        "folder": folder,
+    }
+
+
+def find_runs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
+    """All runs below some folders, in a stable order.
+
+    Raises:
+        UsageError: if a path doesn't exist or holds no run.
+    """
+    runs = []
+    for path in map(Path, paths):
+        found = sorted(p.parent for p in path.rglob("run.json")) if path.is_dir() else []
+        if not found:
+            raise UsageError(f"{path}: no run below this folder; python -m benchmark run --out {path} makes one")
+        runs += [read_run(folder) for folder in found]
+    return runs
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".new")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a failing disk into an error that says what became of the run."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{folder}: can't write ({error.strerror or error}); what is recorded stays readable. "
+            "Free space or choose a writable --out, then give the same command again"
+        ) from error
+
+
+def _commit() -> str | None:
+    """The checked-out commit, read from .git without running git."""
+    git = Path(__file__).parent.parent / ".git"
+    try:
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head[:12]
+        ref = git / head.removeprefix("ref: ")
+        if ref.exists():
+            return ref.read_text().strip()[:12]
+        packed = (git / "packed-refs").read_text().splitlines()
+        return next((line[:12] for line in packed if line.endswith(head.removeprefix("ref: "))), None)
+    except OSError:
+        return None

@@ -1,0 +1,100 @@
+"""From recorded predictions to accuracies, intervals and comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats as scipy_stats
+
+
+class Interval(NamedTuple):
+    """An estimate with its 95 % confidence interval, fractions."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Comparison(NamedTuple):
+    """A paired difference A - B with its 95 % bootstrap interval and the p-value of a sign-flip permutation test."""
+
+    difference: float
+    low: float
+    high: float
+    p: float
+
+
+def mean_rule(correct: np.ndarray) -> np.ndarray:
+    """Share of correct draws per image; ``correct`` is boolean, shape (n, M)."""
+    return correct.mean(1)
+
+
+def majority_rule(predicted: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """1 where the true class has strictly more votes than any other; a tie is wrong.
+
+    Draws that weren't finite (-1) vote together for a class of their own.
+    """
+    classes = np.arange(-1, max(predicted.max(), label.max()) + 1)
+    votes = (predicted[:, :, None] == classes).sum(1)
+    own = (np.arange(len(label)), label + 1)
+    mine = votes[own].copy()
+    votes[own] = 0
+    return (mine > votes.max(1)).astype(float)
+
+
+def worst_rule(correct: np.ndarray) -> np.ndarray:
+    """1 where every draw is correct."""
+    return correct.all(1).astype(float)
+
+
+def accuracy(shares: np.ndarray, draws: int, confidence: float = 0.95) -> Interval:
+    """Mean accuracy over images whose correctness is a share of ``draws`` draws, with a Wilson interval.
+
+    m = mean of p_i, se² = var(p_i) / n, n_eff = m (1 - m) / se² clipped to [n, n · draws] (n where se = 0 or m is 0
+    or 1); Wilson's interval at (m, n_eff). Draws of one image aren't independent images; n_eff counts what they are
+    worth. It covers the choice of images and draws, not of training seeds.
+
+    Raises:
+        ValueError: without any image.
+    """
+    n = len(shares)
+    if n == 0:
+        raise ValueError("an accuracy needs at least one image, got none")
+    m = float(np.mean(shares))
+    variance = float(np.var(shares, ddof=1)) / n if n > 1 else 0.0
+    n_eff: float = n
+    if variance > 0 and 0 < m < 1:
+        n_eff = float(np.clip(m * (1 - m) / variance, n, n * draws))
+    z = float(scipy_stats.norm.ppf(0.5 + confidence / 2))
+    centre = (m + z * z / (2 * n_eff)) / (1 + z * z / n_eff)
+    half = z / (1 + z * z / n_eff) * np.sqrt(m * (1 - m) / n_eff + z * z / (4 * n_eff * n_eff))
+    return Interval(m, max(0.0, min(centre - half, m)), min(1.0, max(centre + half, m)))
+
+
+def compare(a: np.ndarray, b: np.ndarray, *, resamples: int = 10_000, seed: int = 0) -> Comparison:
+    """The paired difference of two defenses, attacks or views on the same images.
+
+    d_i = p_A,i - p_B,i; the interval is the 2.5 and 97.5 percentile over resampled images, p the share of random sign
+    flips of d that give a mean at least as far from zero (two-sided, the observed one counted in).
+
+    Raises:
+        ValueError: if the images aren't the same in number.
+    """
+    if a.shape != b.shape or not len(a):
+        raise ValueError(f"a paired comparison needs the same images, got {len(a)} and {len(b)}")
+    d = np.asarray(a, float) - np.asarray(b, float)
+    rng = np.random.default_rng(seed)
+    means = _resampled(d, resamples, lambda size: d[rng.integers(0, len(d), (size, len(d)))])
+    flipped = _resampled(d, resamples, lambda size: d * rng.choice((-1.0, 1.0), (size, len(d))))
+    p = (1 + int((np.abs(flipped) >= abs(d.mean()) - 1e-12).sum())) / (1 + resamples)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return Comparison(float(d.mean()), float(low), float(high), p)
+
+
+def _resampled(d: np.ndarray, resamples: int, draw: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Means of resampled rows, in portions so that memory stays small."""
+    portion = max(1, 2_000_000 // len(d))
+    sizes = [min(portion, resamples - first) for first in range(0, resamples, portion)]
+    return np.concatenate([draw(size).mean(1) for size in sizes])

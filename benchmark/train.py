@@ -1,0 +1,210 @@
+"""One training loop for anything with ``objectives``: purifiers, classifiers, and classifiers trained adversarially."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import tomllib
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmark import checkpoints, data, registry
+from benchmark.errors import UsageError
+from purifiers import Batch, Tape
+
+RECIPES = Path(__file__).parent / "recipes.toml"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a component's weights are made; a section of recipes.toml."""
+
+    kind: str
+    component: str
+    size: str
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    ema: float
+    augment: list[str]
+    adversarial_eps: str | None = None
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
+
+
+def recipes(dataset: str) -> dict[str, Recipe]:
+    """The recipes for a data set, by name."""
+    sections = tomllib.loads(RECIPES.read_text()).get(dataset, {})
+    return {name: Recipe(**section) for name, section in sections.items()}
+
+
+def train(
+    name: str,
+    dataset: str,
+    out: Path,
+    *,
+    device: str = "cpu",
+    data_dir: str | None = None,
+    epochs: int | None = None,
+    limit: int | None = None,
+) -> Path:
+    """Train ``name`` by its recipe and write weights and card to ``out/<dataset>/<name>``.
+
+    The state is saved every minute; the same command continues after a kill. Noise, order and augmentation are keyed
+    by the step, so a resumed training is the training that was interrupted.
+
+    Args:
+        epochs: other than the recipe's; the card says so.
+        limit: train on the first so many images only; the card says so.
+
+    Raises:
+        UsageError: for an unknown name, or if ``out`` holds finished weights already.
+    """
+    known = recipes(dataset)
+    if name not in known:
+        raise UsageError(registry.unknown(f"recipe on {dataset}", name, sorted(known)))
+    recipe = known[name] if epochs is None else Recipe(**asdict(known[name]) | {"epochs": epochs})
+    folder = out / dataset / name
+    if (folder / "card.json").exists():
+        raise UsageError(f"{folder}/card.json exists; choose another --out or delete the folder: nothing was overwritten")
+    folder.mkdir(parents=True, exist_ok=True)
+    images = data.load(f"{dataset}:split=train", data_dir=data_dir)
+    images = images if limit is None else images.first(limit)
+    torch.manual_seed(recipe.seed)
+    component = registry.load(recipe.kind, recipe.component)
+    parts = component.parts(images.shape, recipe.size)  # type: ignore[attr-defined]
+    module = component(*parts.values(), **recipe.options).to(device).train()
+    _fit(module, recipe, images, folder / "state.pt", device)
+    files = checkpoints.save(folder, {k: parts[k].cpu() for k in parts})
+    card = {
+        "kind": recipe.kind,
+        "component": recipe.component,
+        "size": recipe.size,
+        "options": recipe.options,
+        "files": files,
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "recipe": asdict(recipe),
+        "data": {
+            "dataset": dataset,
+            "training_images": len(images),
+            "validation": f"training images {60_000 - data.VALIDATION} to 59,999, never trained on",
+            "sha256": images.fingerprint,
+        },
+        "command": f"python -m benchmark train {name} --dataset {dataset}",
+        "torch": torch.__version__.split("+")[0],
+    }
+    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    (folder / "state.pt").unlink(missing_ok=True)
+    return folder
+
+
+def _fit(module: nn.Module, recipe: Recipe, images: data.Dataset, state_file: Path, device: str) -> None:
+    """Minimise the objectives; leaves the averaged weights in ``module``."""
+    from diffusers.training_utils import EMAModel
+
+    per_epoch = len(images) // recipe.batch_size
+    total = per_epoch * recipe.epochs
+    probe = _batch(images, recipe, 0, per_epoch, device)
+    keys = list(module.objectives(*probe, **recipe.objective))  # type: ignore[operator]
+    optimisers = {k: _optimiser(module, k, recipe) for k in keys}
+    schedules = {
+        k: torch.optim.lr_scheduler.LambdaLR(o, lambda step: _one_cycle(step / total)) for k, o in optimisers.items()
+    }
+    ema = EMAModel(module.parameters(), decay=recipe.ema)
+    stateful: dict[str, Any] = {"module": module, "ema": ema}
+    stateful |= {f"optimiser {k}": o for k, o in optimisers.items()} | {f"lr {k}": s for k, s in schedules.items()}
+    first = 0
+    if state_file.exists():
+        saved = torch.load(state_file, map_location=device, weights_only=True)
+        if saved["total"] != total:
+            raise UsageError(f"{state_file} is of a training of {saved['total']} steps, not {total}; delete it")
+        for k, part in stateful.items():
+            part.load_state_dict(saved[k])
+        first = saved["step"]
+
+    last_save = time.monotonic()
+    progress = tqdm(range(first, total), initial=first, total=total, unit="it", desc=state_file.parent.name)
+    progress.mininterval = 0.1 if os.isatty(2) else 30
+    mean = {k: 0.0 for k in keys}
+    for step in progress:
+        batch, tape = _batch(images, recipe, step, per_epoch, device)
+        if recipe.adversarial_eps:
+            batch = _adversarial(module, batch, tape, Fraction(recipe.adversarial_eps))
+        losses = module.objectives(batch, tape, **recipe.objective)  # type: ignore[operator]
+        for k, loss in losses.items():
+            optimisers[k].zero_grad(set_to_none=True)
+            loss.backward(retain_graph=len(losses) > 1)
+            nn.utils.clip_grad_norm_([p for g in optimisers[k].param_groups for p in g["params"]], 1.0)
+            optimisers[k].step()
+            schedules[k].step()
+            mean[k] += (loss.item() - mean[k]) * max(0.01, 1 / (step - first + 1))
+        ema.step(module.parameters())
+        progress.set_postfix({k: f"{v:.4g}" for k, v in mean.items()}, refresh=False)
+        if time.monotonic() - last_save > 60:
+            saved = {k: part.state_dict() for k, part in stateful.items()} | {"step": step + 1, "total": total}
+            torch.save(saved, state_file.with_suffix(".new"))
+            state_file.with_suffix(".new").replace(state_file)
+            last_save = time.monotonic()
+    ema.copy_to(module.parameters())
+
+
+def _one_cycle(progress: float, warm_up: float = 0.1) -> float:
+    """The share of the peak learning rate: a linear warm-up, then half a cosine to zero."""
+    if progress < warm_up:
+        return max(progress / warm_up, 1e-2)
+    return 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
+
+
+def _optimiser(module: nn.Module, key: str, recipe: Recipe) -> torch.optim.Optimizer:
+    parameters = [p for part in key.split("+") for p in module.get_submodule(part).parameters()]
+    return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+
+
+def _batch(
+    images: data.Dataset, recipe: Recipe, step: int, per_epoch: int, device: str
+) -> tuple[Batch, Tape]:
+    """The batch of a step and its noise, both functions of (seed, step) alone."""
+    epoch, position = divmod(step, per_epoch)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch))
+    rows = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
+    tape = Tape(recipe.seed, "train", images.ids[rows], torch.full_like(rows, epoch))
+    x = images.images(rows)
+    for name in recipe.augment:
+        x = AUGMENT[name](x, tape.fold("augment", name))
+    return Batch(x.to(device), images.labels[rows].to(device)), tape
+
+
+def _flip(x: Tensor, tape: Tape) -> Tensor:
+    """Mirror half of the images."""
+    return torch.where(tape.uniform("flip", like=x[:, :1, :1, :1]) < 0.5, x.flip(-1), x)
+
+
+def _crop(x: Tensor, tape: Tape, pad: int = 2) -> Tensor:
+    """Shift by up to ``pad`` pixels each way, black moving in."""
+    shift = (tape.uniform("crop", like=x[:, 0, :2, 0]) * (2 * pad + 1)).long()
+    padded = nn.functional.pad(x, (pad,) * 4)
+    h, w = x.shape[-2:]
+    return torch.stack([p[:, i : i + h, j : j + w] for p, (i, j) in zip(padded, shift.tolist(), strict=True)])
+
+
+AUGMENT = {"flip": _flip, "crop": _crop}
+
+
+def _adversarial(module: nn.Module, batch: Batch, tape: Tape, eps: Fraction) -> Batch:
+    """One signed step of 1.25 eps from a uniform start in the Linf ball (Wong et al. 2020, arXiv 2001.03994)."""
+    from attacks import Linf
+
+    threat = Linf(eps)
+    start = threat.random(batch.x, tape.fold("adversarial")).requires_grad_()
+    (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(module(start), batch.y), start)
+    return Batch(threat.project(start.detach() + threat.step(gradient, 1.25 * float(eps)), batch.x), batch.y)

@@ -1,0 +1,182 @@
+"""The contract of every purifier, and the defense it makes with a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from purifiers._noise import Fresh, Noise
+
+Images: TypeAlias = Float[Tensor, "B C H W"]
+Logits: TypeAlias = Float[Tensor, "B K"]
+State: TypeAlias = Any
+Context: TypeAlias = Any
+Apply: TypeAlias = Callable[..., Any]
+Purify: TypeAlias = Callable[[nn.Module, Tensor, "Noise | None"], Tensor]
+
+
+class Batch(NamedTuple):
+    """Training images in [0, 1] and their labels."""
+
+    x: Tensor
+    y: Tensor
+
+
+def plain(stage: Callable[..., Any], *inputs: Any) -> Any:
+    """Run a stage of a purification as it stands; an attacker may pass a way that recomputes it instead."""
+    return stage(*inputs)
+
+
+def call(purifier: nn.Module, x: Tensor, noise: Noise | None) -> Tensor:
+    """Purify as the purifier itself does; a foreign module takes images alone."""
+    return purifier(x, noise) if isinstance(purifier, Purifier) else purifier(x)
+
+
+class Purifier(nn.Module):
+    """g: images → images, as a fold of small stages that an attacker can differentiate one by one.
+
+    ``g = finish ∘ step_{steps-1} ∘ … ∘ step_0 ∘ start``, repeated ``rounds`` times. Positional parameters of a
+    subclass are its networks (its *parts*), keyword-only parameters its options, with the paper's values as defaults.
+
+    Args:
+        rounds: how often the whole purification is repeated, each time with noise of its own.
+
+    Raises:
+        ValueError: if ``rounds`` is below 1.
+    """
+
+    stochastic: bool = True
+    """Whether two draws on the same input differ. Declared here, verified by a contract test."""
+    surrogates: ClassVar[tuple[str, ...]] = ()
+    """Gradients besides the exact one that an attacker may choose, e.g. ("ste", "soft", "bypass")."""
+    dial: ClassVar[str | None] = None
+    """The option that sets the strength, for comparisons at matched clean accuracy."""
+    steps: int = 0
+    """How many times ``step`` is called in a round; 0 for one-shot purifiers."""
+
+    def __init__(self, *, rounds: int = 1):
+        super().__init__()
+        if rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {rounds}")
+        self.rounds = rounds
+
+    def start(self, x: Images, noise: Noise) -> tuple[State, Context]:
+        """Enter: the first state, and the differentiable tensors kept over all steps."""
+        raise TypeError(f"{type(self).__name__} defines no start")
+
+    def step(self, k: int, state: State, context: Context, noise: Noise) -> State:
+        """Advance from state k to state k + 1, for k = 0 … steps-1."""
+        raise TypeError(f"{type(self).__name__} has steps = {self.steps} but defines no step")
+
+    def finish(self, state: State, context: Context) -> Images:
+        """Leave: images in [0, 1]."""
+        raise TypeError(f"{type(self).__name__} defines no finish")
+
+    def forward(self, x: Images, noise: Noise | None = None, apply: Apply = plain) -> Images:
+        """Purify.
+
+        Args:
+            x: images in [0, 1], shape (B, C, H, W).
+            noise: a tape with one row per image; without it every call draws fresh from torch's generator.
+            apply: how a stage is run; the gradient views pass one that recomputes instead of storing.
+        """
+        noise = Fresh() if noise is None else noise
+        for r in range(self.rounds):
+            tape = noise.fold("round", r)
+            state, context = apply(self.start, x, tape)
+            for k in range(self.steps):
+                state = apply(self.step, k, state, context, tape)
+            x = apply(self.finish, state, context)
+        return x
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per image for one purification."""
+        return self.rounds * max(self.steps, 1)
+
+    def objectives(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
+        """The scalar losses to train with, keyed by the part that each moves: one optimiser per key.
+
+        Several parts that share a loss are joined by "+". Empty if there is nothing to train.
+        A subclass may add keyword-only weights of its terms; a training recipe sets them.
+        """
+        return {}
+
+    @classmethod
+    def parts(cls, shape: tuple[int, int, int], size: str = "tiny") -> dict[str, nn.Module]:
+        """Fresh networks for images of ``shape`` (C, H, W), keyed by the constructor's positional parameters."""
+        return {}
+
+
+class Defense(nn.Module):
+    """f∘g: purify, then classify; the thing that is attacked. Parameters are frozen and modes set to eval.
+
+    Args:
+        purifier: g; any module images → images. One that isn't a ``Purifier`` must be deterministic or be marked so.
+        classifier: f; any module images in [0, 1] → logits.
+        copies: purified copies per image whose outputs are combined; part of the defense, not of the verdict.
+        combine: what is averaged over the copies: "logits", "probabilities" (their log is returned), or "vote"
+            (log of the share of votes; has no gradient).
+
+    Raises:
+        ValueError: if ``copies`` is below 1 or ``combine`` is none of the three.
+    """
+
+    COMBINE = ("logits", "probabilities", "vote")
+
+    def __init__(self, purifier: nn.Module, classifier: nn.Module, *, copies: int = 1, combine: str = "logits"):
+        super().__init__()
+        if copies < 1:
+            raise ValueError(f"copies must be at least 1, got {copies}")
+        if combine not in self.COMBINE:
+            raise ValueError(f"combine must be one of {', '.join(self.COMBINE)}, got {combine!r}")
+        self.purifier, self.classifier, self.copies, self.combine = purifier, classifier, copies, combine
+        self.requires_grad_(False).eval()
+
+    @property
+    def stochastic(self) -> bool:
+        return bool(getattr(self.purifier, "stochastic", False) or getattr(self.classifier, "stochastic", False))
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of the purifier per image and draw."""
+        return self.copies * int(getattr(self.purifier, "nfe", 1))
+
+    def forward(self, x: Images, noise: Noise | None = None, purify: Purify = call) -> Logits:
+        """Logits of the purified images.
+
+        Args:
+            x: images in [0, 1], shape (B, C, H, W).
+            noise: a tape with one row per image; without it every call draws fresh.
+            purify: how the purifier is called; an attacker's view passes one with another gradient.
+        """
+        if self.copies == 1:
+            return self.classifier(purify(self.purifier, x, noise))
+        noise = None if noise is None else noise.fold("copies", self.copies).draws(self.copies)
+        logits = self.classifier(purify(self.purifier, x.repeat_interleave(self.copies, 0), noise))
+        logits = logits.unflatten(0, (-1, self.copies))
+        if self.combine == "logits":
+            return logits.mean(1)
+        if self.combine == "probabilities":
+            return logits.log_softmax(-1).logsumexp(1) - torch.tensor(float(self.copies), dtype=x.dtype).log()
+        votes = nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(x.dtype).mean(1)
+        return votes.clamp_min(torch.finfo(x.dtype).tiny).log()
+
+    def bind(self, noise: Noise) -> Bound:
+        """The defense with its noise decided: a module x → logits, for tools that know nothing of tapes."""
+        return Bound(self, noise)
+
+
+class Bound(nn.Module):
+    """A defense under one tape."""
+
+    def __init__(self, defense: Defense, noise: Noise):
+        super().__init__()
+        self.defense, self.noise = defense, noise
+
+    def forward(self, x: Images) -> Logits:
+        return self.defense(x, self.noise)

@@ -1,0 +1,55 @@
+"""Rules that take z from time t to an earlier time; the loop around them is the purifier's own fold."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from purifiers._denoiser import Denoiser
+from purifiers._noise import Noise
+
+
+def diffuse(z: Tensor, alpha_bar: float, noise: Noise) -> Tensor:
+    """z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) n."""
+    return math.sqrt(alpha_bar) * z + math.sqrt(1 - alpha_bar) * noise.normal("diffuse", like=z)
+
+
+def eta_rule(
+    denoiser: Denoiser, z: Tensor, t: float, t_next: float, k: int, noise: Noise, *, eta: float = 1.0
+) -> Tensor:
+    """DDIM (eta 0) to DDPM ancestral sampling (eta 1) in one rule.
+
+    With a = alpha_bar(t), a' = alpha_bar(t_next) and n the predicted noise: x0 = (z - sqrt(1 - a) n) / sqrt(a),
+    s = eta sqrt((1 - a') / (1 - a) (1 - a / a')), z' = sqrt(a') x0 + sqrt(1 - a' - s²) n + s ξ. The last step, to
+    a' = 1, returns x0.
+
+    Reference: Song et al. 2021 (arXiv 2010.02502), eq. 12 and 16.
+    """
+    a, a_next = denoiser.alpha_bar(t), denoiser.alpha_bar(t_next)
+    n = denoiser.noise(z, t)
+    x0 = (z - math.sqrt(1 - a) * n) / math.sqrt(a)
+    s = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
+    z = math.sqrt(a_next) * x0 + math.sqrt(max(1 - a_next - s * s, 0.0)) * n
+    return z + s * noise.normal("reverse", k, like=z) if s > 0 else z
+
+
+def euler_maruyama(denoiser: Denoiser, z: Tensor, t: float, t_next: float, k: int, noise: Noise) -> Tensor:
+    """The reverse VP-SDE, coefficients at the noisy end of the step, Δ = t - t_next > 0.
+
+    z' = z + (½ β(t) z + β(t) s(z, t)) Δ + sqrt(β(t) Δ) ξ
+
+    Reference: Song et al. 2021 (arXiv 2011.13456), eq. 6; Nie et al. 2022 (arXiv 2205.07460), eq. 6.
+    """
+    beta, delta = denoiser.schedule.beta(t), t - t_next
+    drift = 0.5 * beta * z + beta * denoiser.score(z, t)
+    return z + drift * delta + math.sqrt(beta * delta) * noise.normal("reverse", k, like=z)
+
+
+def probability_flow(denoiser: Denoiser, z: Tensor, t: float, t_next: float, k: int, noise: Noise) -> Tensor:
+    """The ODE with the marginals of the SDE: z' = z + ½ β(t) (z + s(z, t)) Δ.
+
+    Reference: Song et al. 2021 (arXiv 2011.13456), eq. 13.
+    """
+    beta = denoiser.schedule.beta(t)
+    return z + 0.5 * beta * (z + denoiser.score(z, t)) * (t - t_next)
