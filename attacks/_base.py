@@ -45,7 +45,7 @@ class Attack(ABC):
     """
 
     package: ClassVar[str | None] = None
-    """The distribution that does the work on a deterministic defense, if not this code: it runs whole blocks of images."""
+    """The distribution that does the work on a deterministic defense, if not this code; it takes whole blocks."""
 
     @abstractmethod
     def display(self, stochastic: bool) -> str:
@@ -110,9 +110,7 @@ class Attack(ABC):
             if watch is not None:
                 watch(k + 1, state)
         candidates = torch.stack([self._enforced(c, x, threat) for c in self.finish(state)])
-        return Found(
-            candidates, state["broken_at"], state.get("package_correct"), victim.forwards, victim.backwards
-        )
+        return Found(candidates, state["broken_at"], state.get("package_correct"), victim.forwards, victim.backwards)
 
     def _enforced(self, candidate: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
         if candidate.shape != x.shape or not candidate.isfinite().all():
@@ -120,7 +118,9 @@ class Attack(ABC):
         inside = threat.enforce(candidate.to(x.dtype), x)
         moved = (inside - candidate).abs().max().item()
         if moved > 1e-6:
-            raise AttackError(f"{type(self).__name__} left the {threat.norm} ball of {threat.eps} by {moved:.2g} in an element")
+            raise AttackError(
+                f"{type(self).__name__} left the {threat.norm} ball of {threat.eps} by {moved:.2g} in an element"
+            )
         return inside
 
 

@@ -34,12 +34,12 @@ class Exact:
             return purifier(x)
         if self.keep is None or noise is None or not torch.is_grad_enabled():
             return purifier(x, noise)
-        remaining = stages(purifier)
+        keep, remaining = self.keep, stages(purifier)
 
         def apply(stage: Callable[..., Any], *inputs: Any) -> Any:
             nonlocal remaining
             remaining -= 1
-            if remaining < self.keep:
+            if remaining < keep:
                 return stage(*inputs)
             return checkpoint(stage, *inputs, use_reentrant=False, preserve_rng_state=False)
 
@@ -58,7 +58,11 @@ def blind(purifier: nn.Module, x: Tensor, noise: Any) -> Tensor:
     return x
 
 
-VIEWS: dict[str, Callable[..., View]] = {"exact": Exact, "bpda": lambda keep=None: bpda, "blind": lambda keep=None: blind}
+VIEWS: dict[str, Callable[..., View]] = {
+    "exact": Exact,
+    "bpda": lambda keep=None: bpda,
+    "blind": lambda keep=None: blind,
+}
 
 
 def stages(purifier: nn.Module) -> int:

@@ -48,9 +48,7 @@ class APGD(Attack):
     def evaluations(self, stochastic: bool) -> int:
         return (self.steps + 1) * self.eot
 
-    def start(
-        self, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel, x_init: Tensor | None = None
-    ) -> State:
+    def start(self, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel, x_init: Tensor | None = None) -> State:
         site = ("apgd", self.loss_name)
         x_adv = threat.random(x, victim.tape.fold(*site, "start")) if x_init is None else x_init.clone()
         first = victim.evaluate(x_adv, y, self.loss, *site, 0, eot=self.eot)

@@ -19,7 +19,7 @@ from attacks.apgd import APGD
 class AutoAttack(Attack):
     """The ensemble of Croce and Hein, in the version that the defense admits.
 
-    Deterministic: ``standard`` (APGD-CE, targeted APGD-DLR, targeted FAB, Square with 5,000 queries) run by pyautoattack,
+    Deterministic: ``standard`` (APGD-CE, targeted APGD-DLR, targeted FAB, Square with 5,000 queries) by pyautoattack,
     always at the package's own numbers. Stochastic: ``rand`` (APGD-CE and APGD-DLR) natively: the draws share a batch,
     every decision is a mean over draws, no image is left out for a lucky draw, and both results are candidates.
 

@@ -19,7 +19,6 @@ from benchmark.errors import UsageError
 from benchmark.registry import Spec
 
 SHIPPED = Path(__file__).parent / "weights"
-KINDS = {"purifiers": "Purifier", "classifiers": "Classifier"}
 
 
 @dataclass(frozen=True)
@@ -63,17 +62,17 @@ def build(
         raise UsageError(registry.unknown(kind[:-1], spec.name, names(kind, dataset, roots)))
     component = registry.load(kind, card.get("component", spec.name), spec.argument)
     options = registry.resolve(component, spec, card.get("options"))
-    fresh = component.parts(shape, card.get("size", "tiny"))  # type: ignore[attr-defined]
-    if fresh and not path:
-        raise UsageError(
-            f"no weights for {spec.name} on {dataset}; train them: "
-            f"python -m benchmark train {spec.name} --dataset {dataset}, then --weights FOLDER"
-        )
+    parts: dict[str, nn.Module] = component.parts(shape, card.get("size", "tiny"))  # type: ignore[attr-defined]
     hashes = {}
-    for part in fresh:
-        fresh[part], hashes[part] = _load_part(path.parent, part, card["files"][part], fresh[part], card)  # type: ignore[union-attr]
+    for part in parts:
+        if path is None:
+            raise UsageError(
+                f"no weights for {spec.name} on {dataset}; train them: "
+                f"python -m benchmark train {spec.name} --dataset {dataset}, then --weights FOLDER"
+            )
+        parts[part], hashes[part] = _load_part(path.parent, part, card["files"][part], parts[part])
     try:
-        module = component(*fresh.values(), **options)
+        module: nn.Module = component(*parts.values(), **options)
     except ValueError as error:
         raise UsageError(f"{spec.name}: {error}") from error
     return Component(module.eval().requires_grad_(False), Spec(spec.name, spec.argument, options), hashes)
@@ -86,7 +85,7 @@ def sha256(path: Path) -> str:
 
 
 def save(folder: Path, parts: dict[str, nn.Module]) -> dict[str, dict[str, str]]:
-    """Write each part as safetensors below ``folder``; diffusers' models with their config. Returns the card's files."""
+    """Write each part as safetensors below ``folder``, diffusers' models with their config; returns the card's files."""
     from safetensors.torch import save_file
 
     files = {}
@@ -102,7 +101,7 @@ def save(folder: Path, parts: dict[str, nn.Module]) -> dict[str, dict[str, str]]
 
 
 def _load_part(
-    folder: Path, name: str, entry: dict[str, str], fresh: nn.Module, card: dict[str, Any]
+    folder: Path, name: str, entry: dict[str, str], fresh: nn.Module
 ) -> tuple[nn.Module, str]:
     file = folder / entry["file"]
     found = sha256(file) if file.is_file() else "no such file"

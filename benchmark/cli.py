@@ -213,7 +213,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
     roots = [Path(arguments.weights)] if arguments.weights else None
     if arguments.kind == "datasets":
-        entries = [{"name": name, "radii": config.RADII.get(name, {})} for name in data.names()]
+        entries: list[dict[str, Any]] = [{"name": name, "radii": config.RADII.get(name, {})} for name in data.names()]
     elif arguments.kind == "budgets":
         entries = [
             {"name": b.name, "n": b.n, "select": b.select, "draws": b.draws, "attacks": b.attacks}

@@ -69,7 +69,9 @@ def radius(text: str | float | Fraction | None, norm: str, dataset: str) -> Frac
     if eps < 0:
         raise UsageError(f"--eps {text}: a radius isn't negative")
     if norm == "Linf" and eps > 1:
-        raise UsageError(f"--eps {text}: Linf radii are in [0, 1] pixel units; for {text} of 255 levels write {text}/255")
+        raise UsageError(
+            f"--eps {text}: Linf radii are in [0, 1] pixel units; for {text} of 255 levels write {text}/255"
+        )
     return eps
 
 

@@ -61,9 +61,7 @@ class Dataset:
         """The first n of the order; an error if there are fewer."""
         if n > len(self):
             raise UsageError(f"{self.name} has {len(self):,} examples, --n-examples asked for {n:,}")
-        return Dataset(
-            self.name, self.pixels[:n], self.labels[:n], self.ids[:n], self.fingerprint, self.classes
-        )
+        return Dataset(self.name, self.pixels[:n], self.labels[:n], self.ids[:n], self.fingerprint, self.classes)
 
 
 def names() -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from attacks import NORMS, VIEWS, Attack, AttackError, ThreatModel, Victim
@@ -113,7 +113,10 @@ def load(
 
 
 def evaluate(
-    defense: Defense, data: str | tuple[Tensor, Tensor] = "fashion-mnist", attack: str | Attack = "autoattack", **settings
+    defense: Defense,
+    data: str | tuple[Tensor, Tensor] = "fashion-mnist",
+    attack: str | Attack = "autoattack",
+    **settings,
 ) -> Result:
     """Attack ``defense`` and return its rows and records; what is on disk already is not computed again.
 
@@ -137,9 +140,7 @@ def evaluate(
 class Cell:
     """One cell of a table, ready to run: components, identity, plan and folder."""
 
-    def __init__(
-        self, defense: Defense, source: str | tuple[Tensor, Tensor], attack: str, settings: Settings
-    ):
+    def __init__(self, defense: Defense, source: str | tuple[Tensor, Tensor], attack: str, settings: Settings):
         self.settings = s = settings
         self.device = torch.device(s.device)
         chosen = config.budget(s.budget, self.device.type)
@@ -188,7 +189,7 @@ class Cell:
             norm=s.norm,
             eps=config.eps_text(eps),
             view=s.view,
-            attacker=attacker.described["purifier"] if s.attacker else None,  # type: ignore[index]
+            attacker=str(attacker.described["purifier"]) if s.attacker else None,  # type: ignore[index]
             budget="custom" if custom else chosen.name,
             select=self.select,
             draws=self.draws,
@@ -205,19 +206,21 @@ class Cell:
         )  # fmt: skip
         display = self.attack.display(self.stochastic)
         if self.whole_blocks:
-            display = display.replace(str(self.attack.package), f"{self.attack.package} {version(str(self.attack.package))}")
+            display = display.replace(
+                str(self.attack.package), f"{self.attack.package} {version(str(self.attack.package))}"
+            )
         names = described["names"] | {"attack": attack, "display": display}
         self.folder = Run(
             Path(s.out), self.identity, names,
             {"environment": environment(s.device, self.rows), "stochastic": self.stochastic, "nfe": defense.nfe,
-             "observed": self.attack.evaluations(self.stochastic), "preflight": s.preflight, "classes": self.data.classes},
+             "preflight": s.preflight},
         )  # fmt: skip
 
     def __str__(self) -> str:
-        i = self.identity
+        i, names = self.identity, self.folder.settings["names"]
         return (
-            f"{self.folder.settings['names']['purifier']} + {self.folder.settings['names']['classifier']} under "
-            f"{self.folder.settings['names']['display']}, {i.norm} {i.eps}, view {i.view}, {i.dataset} n={self.n}, seed {i.seed}"
+            f"{names['purifier']} + {names['classifier']} under {names['display']}, {i.norm} {i.eps}, view {i.view}, "
+            f"{i.dataset} n={self.n}, seed {i.seed}"
         )
 
     def run(self) -> Path:
@@ -255,7 +258,9 @@ class Cell:
         )  # fmt: skip
         if failed := failures(checks):
             lines = "\n".join(f"  {c.id}: {c.value} (expected {c.threshold}): {c.advice}" for c in failed)
-            raise RunError(f"preflight failed, nothing was run (--no-preflight runs anyway, and the table says so):\n{lines}")
+            raise RunError(
+                f"preflight failed, nothing was run (--no-preflight runs anyway, and the table says so):\n{lines}"
+            )
 
     def _block(self, first: int, done: dict[int, dict], bar: tqdm, began: float) -> None:
         """Attack and judge the images from position ``first`` on, and record those that weren't."""
@@ -319,7 +324,9 @@ class Cell:
             {k: v.cpu().numpy()[new] for k, v in logits.items()},
         )  # fmt: skip
         peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
-        self.folder.note_time({"first": first, "images": len(new), "seconds": time.monotonic() - started, "peak_bytes": peak})
+        self.folder.note_time(
+            {"first": first, "images": len(new), "seconds": time.monotonic() - started, "peak_bytes": peak}
+        )
 
     def _keep(self, x: Tensor, tape: Tape) -> int | None:
         """How many stages' graphs fit into memory, found out once."""
@@ -337,10 +344,8 @@ class Cell:
         best, rows = correct.argmin(0), torch.arange(len(y), device=y.device)
         return candidates[best, rows], logits[best, rows]
 
-    def _draws(
-        self, x: Tensor, ids: Tensor, role: str, count: int, *site: str | int, control: bool = False
-    ) -> Tensor:
-        """Logits of ``count`` keyed draws per image, shape (B, count, K); with a random perturbation per draw if asked."""
+    def _draws(self, x: Tensor, ids: Tensor, role: str, count: int, *site: str | int, control: bool = False) -> Tensor:
+        """Logits of ``count`` keyed draws per image, shape (B, count, K); if asked, each under a random perturbation."""
         tape = Tape(self.settings.seed, role, ids).fold(*site).draws(count)
         rows = x.repeat_interleave(count, 0)
         if control:
@@ -410,5 +415,3 @@ def grid(
             defense = load(p, c, dataset, copies=copies, combine=combine, weights=settings.weights)
             for a in lists[2]:
                 yield Cell(defense, dataset, a, settings)
-
-

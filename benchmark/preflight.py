@@ -35,7 +35,7 @@ def preflight(defense: Defense, view: View, x: Tensor, y: Tensor, ids: Tensor, *
         rows: the fixed row count of every call.
     """
     repeat = torch.arange(rows) % len(x)
-    images, labels = x[repeat], y[repeat]
+    images = x[repeat]
     tape = Tape(seed, "preflight", ids[repeat], torch.arange(rows) // len(x))
     with torch.no_grad():
         purified = _purify(defense, images, tape)

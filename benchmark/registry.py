@@ -11,6 +11,7 @@ import itertools
 import pkgutil
 import re
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -143,14 +144,14 @@ def options(component: type) -> dict[str, inspect.Parameter]:
     return {k: p for k, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def resolve(component: type, spec: Spec, defaults: dict[str, Value] | None = None) -> dict[str, Any]:
+def resolve(component: type, spec: Spec, defaults: Mapping[str, Value] | None = None) -> dict[str, Any]:
     """Every option of a component: the class's defaults, then a card's, then the spec's, each of the declared type.
 
     Raises:
         UsageError: for an option that the component doesn't have, or a value of the wrong type.
     """
     known = options(component)
-    chosen: dict[str, Any] = {k: p.default for k, p in known.items()} | (defaults or {})
+    chosen: dict[str, Any] = {k: p.default for k, p in known.items()} | dict(defaults or {})
     for key, value in spec.options.items():
         if key not in known:
             raise UsageError(f"{spec.name}: {unknown('option', key, sorted(known))}")
@@ -162,8 +163,10 @@ def unknown(kind: str, name: str, known: list[str]) -> str:
     """The message for a name that doesn't exist: the nearest ones, and the whole list."""
     near = difflib.get_close_matches(name, known, 3, 0.5)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return f"unknown {kind} {name!r}{hint} known: {', '.join(known) or 'none'}" if hint else (
-        f"unknown {kind} {name!r}; known: {', '.join(known) or 'none'}"
+    return (
+        f"unknown {kind} {name!r}{hint} known: {', '.join(known) or 'none'}"
+        if hint
+        else (f"unknown {kind} {name!r}; known: {', '.join(known) or 'none'}")
     )
 
 
@@ -178,7 +181,9 @@ def _hint(component: type, parameter: inspect.Parameter) -> Any:
 def _typed(value: Value, hint: Any, what: str) -> Any:
     """``value`` as the declared type, where that loses nothing."""
     kinds = typing.get_args(hint) or (hint,)
-    if hint is object or any(isinstance(value, k) and not (k is int and isinstance(value, bool)) for k in kinds if isinstance(k, type)):
+    if hint is object or any(
+        isinstance(value, k) and not (k is int and isinstance(value, bool)) for k in kinds if isinstance(k, type)
+    ):
         return value
     if float in kinds and isinstance(value, int | Fraction) and not isinstance(value, bool):
         return float(value)

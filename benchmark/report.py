@@ -27,8 +27,8 @@ HEADLINE = ("pgd", "autoattack")
 def rows(runs: Iterable[dict[str, Any]], *, worst_case: bool = False) -> list[dict[str, Any]]:
     """The rows of ``report --format json``: accuracies are fractions, unknown values None.
 
-    With ``worst_case``, each group of runs that differ by nothing but the attack gets one more row: per image the attack
-    with the fewest correct ``select`` draws, judged by *its* verdict draws. Verdict draws choose nothing.
+    With ``worst_case``, each group of runs that differ only in the attack gets one more row: per image the attack with
+    the fewest correct ``select`` draws, judged by *its* verdict draws. Verdict draws choose nothing.
     """
     runs = [r for r in runs if r["records"]]
     table = [_row(run, run["records"]) for run in runs]
@@ -161,7 +161,8 @@ def _markdown(table: list[dict[str, Any]]) -> str:
         return "no finished example yet\n"
     head = (
         "purifier | classifier | attack | view | norm | eps | n | draws | clean % [95 %] | robust % [95 %] | "
-        "majority clean / robust | worst draw clean / robust | any iteration (null floor) | random noise | NFE | s/image"
+        "majority clean / robust | worst draw clean / robust | "
+        "any iteration (null floor) | random noise | NFE | s/image"
     )
     lines = [f"| {head} |", "|" + "---|" * (head.count(" | ") + 1)]
     for r in table:

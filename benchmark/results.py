@@ -135,7 +135,7 @@ class Run:
         joined = {k: np.concatenate([p[k] for p in pieces]) for k in pieces[0]}
         _, order = np.unique(joined["id"], return_index=True)
         temporary = self.folder / "logits.new.npz"
-        np.savez_compressed(temporary, **{k: v[order] for k, v in joined.items()})
+        np.savez_compressed(temporary, **{k: v[order] for k, v in joined.items()})  # type: ignore[arg-type]
         temporary.replace(target)
         for path in blocks:
             path.unlink()
@@ -152,8 +152,9 @@ class Run:
         old, new = (dict(s["environment"]) for s in (found, self.settings))
         differ = [k for k in new if k != "commit" and old.get(k) != new[k]]
         if differ and not mixed and self.done():
+            changes = ", ".join(f"{k}: {old.get(k)} → {new[k]}" for k in differ)
             raise UsageError(
-                f"{self.folder} was begun in another environment ({', '.join(f'{k}: {old.get(k)} → {new[k]}' for k in differ)}); "
+                f"{self.folder} was begun in another environment ({changes}); "
                 "continue it there, or pass --mixed-environment, which the table will say"
             )
         self.settings["mixed_environment"] = bool(differ and self.done()) or found.get("mixed_environment", False)

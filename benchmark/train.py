@@ -76,7 +76,9 @@ def train(
     recipe = known[name] if epochs is None else Recipe(**asdict(known[name]) | {"epochs": epochs})
     folder = out / dataset / name
     if (folder / "card.json").exists():
-        raise UsageError(f"{folder}/card.json exists; choose another --out or delete the folder: nothing was overwritten")
+        raise UsageError(
+            f"{folder}/card.json exists; choose another --out or delete the folder: nothing was overwritten"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     images = data.load(f"{dataset}:split=train", data_dir=data_dir)
     images = images if limit is None else images.first(limit)
@@ -170,9 +172,7 @@ def _optimiser(module: nn.Module, key: str, recipe: Recipe) -> torch.optim.Optim
     return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
 
 
-def _batch(
-    images: data.Dataset, recipe: Recipe, step: int, per_epoch: int, device: str
-) -> tuple[Batch, Tape]:
+def _batch(images: data.Dataset, recipe: Recipe, step: int, per_epoch: int, device: str) -> tuple[Batch, Tape]:
     """The batch of a step and its noise, both functions of (seed, step) alone."""
     epoch, position = divmod(step, per_epoch)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch))

@@ -110,7 +110,9 @@ class Tape:
     def _words(self, site: tuple[Site, ...], like: Tensor) -> Tensor:
         """Random words of shape (B, blocks, 4) for at least as many elements as a row of ``like`` has."""
         if len(like) != len(self):
-            raise ValueError(f"the tape has {len(self)} rows, the tensor {len(like)}: hand over a tape of the same rows")
+            raise ValueError(
+                f"the tape has {len(self)} rows, the tensor {len(like)}: hand over a tape of the same rows"
+            )
         name = repr((self.seed, self.role, *self.path, *site)).encode()
         digest = hashlib.blake2b(name, digest_size=8).digest()
         key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little"))

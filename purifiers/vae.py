@@ -58,9 +58,7 @@ class VAE(Purifier):
     def finish(self, state: Tensor, context: Images) -> Images:
         return self.codec.decode(state, context.shape).clamp(0, 1)
 
-    def objectives(
-        self, batch: Batch, noise: Noise, *, sigma_x: float = 0.1, beta: float = 1.0
-    ) -> dict[str, Tensor]:
+    def objectives(self, batch: Batch, noise: Noise, *, sigma_x: float = 0.1, beta: float = 1.0) -> dict[str, Tensor]:
         posterior = self.codec.encode(batch.x)
         x_hat = self.codec.decode(posterior.sample(noise.normal("posterior", like=posterior.mean)), batch.x.shape)
         return {"autoencoder": _objectives.elbo(batch.x, x_hat, *posterior, sigma_x=sigma_x, beta=beta)}
