@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CODE := purifiers attacks classifiers benchmark
 
-.PHONY: run test slow check report install clean distclean
+.PHONY: run test slow check report tables headline install clean distclean
 
 run: install
 	$(BIN)/python -m benchmark run --purifier diffpure --attack autoattack $(ARGS)
@@ -40,6 +40,18 @@ install: .venv/.installed
 	$(PIP) --no-deps torchattacks
 	$(PIP) --force-reinstall --no-deps robustbench
 	@touch $@
+
+# The tables of README.md from records, and the records themselves (hours on two cores; they resume).
+tables: install
+	$(BIN)/python -m benchmark tables README.md results/README.md
+
+headline: install
+	$(BIN)/python -m benchmark run --purifier identity,vae,diffpure --classifier resnet,resnet-at \
+		--attack pgd,autoattack --eps 16/255 --eps 0.1 --budget quick --n-examples 256 --out results/headline
+	$(BIN)/python -m benchmark run --budget paper --n-examples 64 --out results/full
+	$(BIN)/python -m benchmark run --attack pgd --budget quick --view bpda --n-examples 128 --out results/checks
+	$(BIN)/python -m benchmark run --attack pgd --budget quick --view blind --n-examples 128 --out results/checks
+	$(BIN)/python -m benchmark run --attack pgd:steps=40 --budget quick --n-examples 128 --out results/checks
 
 clean:
 	rm -rf build *.egg-info shims/src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -75,10 +75,8 @@ class Victim:
 
         Gradient, loss and correctness are averaged over the same draws, summed in draw order.
         """
-        tape = self.tape.fold(*site).draws(eot)
-        x_rows, y_rows = x.repeat_interleave(eot, 0), y.repeat_interleave(eot, 0)
         losses, corrects, gradients = [], [], []
-        for inputs, labels, noise, count in blocks(self.rows, x_rows, y_rows, tape):
+        for inputs, labels, noise, count in blocks(self.rows, x, y, self.tape.fold(*site), eot):
             inputs = inputs.detach().requires_grad_()
             with torch.enable_grad():
                 logits = self.defense(inputs, noise, self.view)
@@ -95,14 +93,26 @@ class Victim:
         )
 
 
-def blocks(rows: int, x: Tensor, y: Tensor, tape: Any):
-    """Cut rows into calls of exactly ``rows``, the last padded with its own last row; yields (x, y, tape, real rows).
+def blocks(rows: int, x: Tensor, y: Tensor, tape: Any, draws: int = 1) -> Iterator[tuple[Tensor, Tensor, Any, int]]:
+    """Cut images × draws into calls of exactly ``rows`` rows, the last padded with its own last row.
 
     One fixed shape makes a row's result independent of its neighbours, so that batching changes no byte.
+
+    Args:
+        rows: rows of every call.
+        x, y: images and labels, a row each.
+        tape: keyed noise, a row per image; None for none.
+        draws: draws per image, the rows of one image side by side.
+
+    Yields:
+        (x, y, tape, how many of the rows are real).
     """
-    for first in range(0, len(x), rows):
-        index = torch.arange(first, first + rows).clamp_max(len(x) - 1)
-        yield x[index.to(x.device)], y[index.to(y.device)], tape[index], min(rows, len(x) - first)
+    total = len(x) * draws
+    tape = None if tape is None else tape.draws(draws)
+    for first in range(0, total, rows):
+        index = torch.arange(first, first + rows).clamp_max(total - 1)
+        source = (index // draws).to(x.device)
+        yield x[source], y[source], None if tape is None else tape[index], min(rows, total - first)
 
 
 def _mean(values: Tensor, eot: int) -> Tensor:

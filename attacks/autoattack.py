@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -110,17 +108,9 @@ class _FixedRows(nn.Module):
         (victim,) = self.victim
         self.forwards += len(x)
         self.backwards += len(x) if torch.is_grad_enabled() and x.requires_grad else 0
-        tape = _Rowless()
         y = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        calls = blocks(victim.rows, x, y, tape)
+        calls = blocks(victim.rows, x, y, None)
         return torch.cat([victim.defense(inputs, None, victim.view)[:count] for inputs, _, _, count in calls])
-
-
-class _Rowless:
-    """A deterministic defense needs no tape."""
-
-    def __getitem__(self, rows: Any) -> None:
-        return None
 
 
 def _seed(victim: Victim) -> int:

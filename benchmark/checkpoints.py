@@ -33,15 +33,30 @@ class Component:
 def cards(dataset: str, roots: list[Path] | None = None) -> dict[str, Path]:
     """The cards for a data set, by name; earlier roots win."""
     found: dict[str, Path] = {}
+    for root in roots or []:
+        if not root.is_dir():
+            raise UsageError(f"--weights {root}: no such folder")
     for root in [*(roots or []), SHIPPED]:
         for card in sorted((root / dataset).glob("*/card.json")):
             found.setdefault(card.parent.name, card)
     return found
 
 
+def read_card(path: Path) -> dict[str, Any]:
+    """What a card says.
+
+    Raises:
+        UsageError: if it isn't JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(f"{path} isn't a card: {error}; restore it, or train the weights again") from error
+
+
 def names(kind: str, dataset: str, roots: list[Path] | None = None) -> list[str]:
     """What a spec may name: component files that need no weights or have a card, and the cards themselves."""
-    described = {n: json.loads(p.read_text())["kind"] for n, p in cards(dataset, roots).items()}
+    described = {n: read_card(p)["kind"] for n, p in cards(dataset, roots).items()}
     return sorted(set(registry.names(kind)) | {n for n, k in described.items() if k == kind})
 
 
@@ -55,7 +70,7 @@ def build(
     """
     spec = registry.parse(text) if isinstance(text, str) else text
     path = cards(dataset, roots).get(spec.name)
-    card: dict[str, Any] = json.loads(path.read_text()) if path else {}
+    card = read_card(path) if path else {}
     if path and card["kind"] != kind:
         raise UsageError(f"{spec.name} is one of the {card['kind']}, not of the {kind}")
     if not path and spec.name != "file" and spec.name not in registry.names(kind):
@@ -63,7 +78,7 @@ def build(
     component = registry.load(kind, card.get("component", spec.name), spec.argument)
     options = registry.resolve(component, spec, card.get("options"))
     parts: dict[str, nn.Module] = component.parts(shape, card.get("size", "tiny"))  # type: ignore[attr-defined]
-    hashes = {}
+    hashes = registry.source(spec)
     for part in parts:
         if path is None:
             raise UsageError(
@@ -71,6 +86,8 @@ def build(
                 f"python -m benchmark train {spec.name} --dataset {dataset}, then --weights FOLDER"
             )
         parts[part], hashes[part] = _load_part(path.parent, part, card["files"][part], parts[part])
+    if spec.name == "file":  # code from outside the repository: another text is another component
+        hashes["file"] = sha256(Path(str(spec.argument).partition(":")[0]))
     try:
         module: nn.Module = component(*parts.values(), **options)
     except ValueError as error:
@@ -85,7 +102,7 @@ def sha256(path: Path) -> str:
 
 
 def save(folder: Path, parts: dict[str, nn.Module]) -> dict[str, dict[str, str]]:
-    """Write each part as safetensors below ``folder``, diffusers' models with their config; returns the card's files."""
+    """Write each part as safetensors, diffusers' models with their config; returns the card's list of files."""
     from safetensors.torch import save_file
 
     files = {}

@@ -63,10 +63,16 @@ def parser() -> argparse.ArgumentParser:
         "--worst-case", action=argparse.BooleanOptionalAction, help="the row over attacks (default: in md only)"
     )
 
+    report.add_argument("--compact", action="store_true", help="Markdown, a line per defense and radius")
+
     compare = _command(commands, "compare", _compare, "the paired difference of two runs on the same images")
     compare.add_argument("a", metavar="RUN_A", help="folder of one run")
     compare.add_argument("b", metavar="RUN_B", help="folder of the other; the difference is A - B")
     compare.add_argument("--json", action="store_true")
+
+    tables = _command(commands, "tables", _tables, "make the generated tables of Markdown files anew")
+    tables.add_argument("files", nargs="+", type=Path, metavar="FILE", help="with <!-- table: COMMAND --> blocks")
+    tables.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is stale")
 
     names = _command(commands, "list", _list, "what can be named")
     names.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
@@ -124,20 +130,19 @@ def _cells(arguments: argparse.Namespace) -> Any:
     """The cells of a command line."""
     from benchmark.evaluate import Settings, grid
 
-    for eps in arguments.eps or [None]:
-        settings = Settings(
-            budget=arguments.budget, n=arguments.n_examples, norm=arguments.norm, eps=eps, view=arguments.view,
-            attacker=arguments.attacker, draws=arguments.draws, seed=arguments.seed, rows=arguments.batch_size,
-            device=_device(arguments.device), out=arguments.out, data_dir=arguments.data_dir,
-            weights=arguments.weights, offline=arguments.offline,
-            preflight=not getattr(arguments, "no_preflight", False),
-            mixed_environment=getattr(arguments, "mixed_environment", False),
-            stop_after=getattr(arguments, "stop_after", None),
-        )  # fmt: skip
-        yield from grid(
-            arguments.purifier, arguments.classifier, arguments.attack, arguments.dataset, settings,
-            arguments.copies, arguments.combine,
-        )  # fmt: skip
+    settings = Settings(
+        budget=arguments.budget, n=arguments.n_examples, norm=arguments.norm, view=arguments.view,
+        attacker=arguments.attacker, draws=arguments.draws, seed=arguments.seed, rows=arguments.batch_size,
+        device=_device(arguments.device), out=arguments.out, data_dir=arguments.data_dir,
+        weights=arguments.weights, offline=arguments.offline,
+        preflight=not getattr(arguments, "no_preflight", False),
+        mixed_environment=getattr(arguments, "mixed_environment", False),
+        stop_after=getattr(arguments, "stop_after", None),
+    )  # fmt: skip
+    return grid(
+        arguments.purifier, arguments.classifier, arguments.attack, arguments.dataset, arguments.eps or [None],
+        settings, arguments.copies, arguments.combine,
+    )  # fmt: skip
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -183,6 +188,9 @@ def _report(arguments: argparse.Namespace) -> int:
     from benchmark import report
     from benchmark.results import find_runs
 
+    if arguments.compact:
+        print(report.compact(find_runs(arguments.paths)), end="")
+        return DONE
     worst = arguments.format == "md" if arguments.worst_case is None else arguments.worst_case
     print(report.render(report.rows(find_runs(arguments.paths), worst_case=worst), arguments.format), end="")
     return DONE
@@ -205,6 +213,20 @@ def _compare(arguments: argparse.Namespace) -> int:
             f"A - B = {100 * result.difference:+.1f} points [{100 * result.low:+.1f}, {100 * result.high:+.1f}], "
             f"p = {result.p:.4f}, n = {len(common)}"
         )
+    return DONE
+
+
+def _tables(arguments: argparse.Namespace) -> int:
+    from benchmark import tables
+    from benchmark.results import replace
+
+    for path in arguments.files:
+        if not path.is_file():
+            raise UsageError(f"{path}: no such file")
+        if not arguments.check:
+            replace(path, tables.render(path.read_text()))
+        elif tables.stale(path):
+            raise RunError(f"{path}: a table isn't what its command prints; python -m benchmark tables {path}")
     return DONE
 
 

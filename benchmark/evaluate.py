@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -33,6 +36,10 @@ SAVE_EVERY = 120.0
 """Seconds between saves of an attack under way."""
 GRAPH_BUDGET = 3 << 30
 """Bytes for stored graphs on a CPU; half of the free memory on a GPU."""
+
+
+AT_X: WeakKeyDictionary[Defense, dict[tuple, Tensor]] = WeakKeyDictionary()
+"""Logits at the unperturbed images, by defense."""
 
 
 class Incomplete(Exception):
@@ -182,7 +189,7 @@ class Cell:
             fingerprint=self.data.fingerprint,
             purifier=described["purifier"],
             classifier=described["classifier"],
-            weights=described["weights"],
+            weights=described["weights"] | {f"attack.{k}": v for k, v in registry.source(spec).items()},
             copies=defense.copies,
             combine=defense.combine,
             attack=str(registry.Spec(spec.name, spec.argument, options)),
@@ -197,7 +204,7 @@ class Cell:
             precision="float32",
         )
         eot = options.get("eot", 1)
-        self.rows = s.rows or min(128 if self.device.type == "cpu" else 2048, BLOCK * eot)
+        self.rows = min(128 if self.device.type == "cpu" else 2048, BLOCK * eot) if s.rows is None else s.rows
         if self.rows < 1 or self.rows % 32:
             raise UsageError(f"--batch-size {self.rows}: row counts are multiples of 32, so that no row sees its place")
         self.plan: Plan = plan(
@@ -275,6 +282,8 @@ class Cell:
         victim = Victim(self.attacker, view, tape, rows=self.rows, stochastic=self.stochastic)
         saved = time.monotonic()
         state = self.folder.load_state(first)
+        if state is not None and len(state["broken_at"]) != len(ids):
+            state = None  # stopped at another n: the block holds other images
         if state is not None:
             bar.update(int(state["done"]))
 
@@ -295,7 +304,7 @@ class Cell:
         x_adv, select = self._chosen(found.candidates, y, ids)
         logits = {
             "select": select,
-            "clean": self._draws(x, ids, "clean", self.draws),
+            "clean": self._at_x(x, ids, "clean", self.draws),
             "adv": self._draws(x_adv, ids, "verdict", self.draws),
             "random": self._draws(x, ids, "random", self.draws, control=True),
         }
@@ -345,23 +354,29 @@ class Cell:
         return candidates[best, rows], logits[best, rows]
 
     def _draws(self, x: Tensor, ids: Tensor, role: str, count: int, *site: str | int, control: bool = False) -> Tensor:
-        """Logits of ``count`` keyed draws per image, shape (B, count, K); if asked, each under a random perturbation."""
-        tape = Tape(self.settings.seed, role, ids).fold(*site).draws(count)
-        rows = x.repeat_interleave(count, 0)
-        if control:
-            rows = self.threat.control(rows, tape)
-        labels = torch.zeros(len(rows), dtype=torch.long, device=x.device)
+        """Logits of ``count`` keyed draws per image, shape (B, count, K), if asked each under a random perturbation."""
+        tape = Tape(self.settings.seed, role, ids).fold(*site)
+        labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        parts = []
         with torch.no_grad():
-            parts = [
-                self.defense(inputs, noise)[:real] for inputs, _, noise, real in blocks(self.rows, rows, labels, tape)
-            ]
+            for inputs, _, noise, real in blocks(self.rows, x, labels, tape, count):
+                inputs = self.threat.control(inputs, noise) if control else inputs
+                parts.append(self.defense(inputs, noise)[:real])
         return torch.cat(parts).unflatten(0, (-1, count))
+
+    def _at_x(self, x: Tensor, ids: Tensor, role: str, count: int) -> Tensor:
+        """``_draws`` at x itself: keyed noise makes them the same in every cell of a defense, so they are kept."""
+        kept = AT_X.setdefault(self.defense, {})
+        key = (self.identity.fingerprint, self.settings.seed, self.rows, role, tuple(ids.tolist()))
+        if key not in kept or kept[key].shape[1] < count:
+            kept[key] = self._draws(x, ids, role, count)
+        return kept[key][:, :count]
 
     def _null(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         """Of as many draws as the attack sees in its loop, how many are wrong at x itself."""
         if not self.stochastic:
             return torch.zeros(len(x), dtype=torch.long)
-        predicted = _classes(self._draws(x, ids, "null", self.attack.evaluations(True)))
+        predicted = _classes(self._at_x(x, ids, "null", self.attack.evaluations(True)))
         return (predicted != y[:, None]).sum(1)
 
 
@@ -381,15 +396,29 @@ def _data(source: str | tuple[Tensor, Tensor], n: int, s: Settings) -> data.Data
 
 
 def _describe(defense: Defense) -> dict[str, Any]:
-    """The identity of a defense that was built by hand: its classes, and a hash of everything it holds."""
+    """The identity of a defense that was built by hand: its classes, and a hash of its tensors and plain attributes."""
     weights = {}
     for part in ("purifier", "classifier"):
         digest = hashlib.sha256()
-        for key, value in getattr(defense, part).state_dict().items():
+        module = getattr(defense, part)
+        for key, value in module.state_dict().items():
             digest.update(key.encode() + value.detach().cpu().numpy().tobytes())
+        for key, value in sorted(vars(module).items()):
+            if isinstance(value, bool | int | float | str):
+                digest.update(f"{key}={value!r}".encode())
+        for name, module in getattr(defense, part).named_modules():
+            plain = {k: v for k, v in vars(module).items() if _is_plain(v) and not k.startswith("_")}
+            digest.update(f"{name} {type(module).__qualname__} {sorted(plain.items())}".encode())
         weights[part] = digest.hexdigest()
     names = {part: type(getattr(defense, part)).__name__ for part in ("purifier", "classifier")}
     return {**names, "weights": weights, "names": names}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value means the same in every process: a number, a string, or a list of them."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str | Fraction)
 
 
 def _classes(logits: Tensor) -> Tensor:
@@ -398,7 +427,14 @@ def _classes(logits: Tensor) -> Tensor:
 
 
 def grid(
-    purifiers: str, classifiers: str, attacks: str, dataset: str, settings: Settings, copies: int, combine: str
+    purifiers: str,
+    classifiers: str,
+    attacks: str,
+    dataset: str,
+    radii: Sequence[str | None],
+    settings: Settings,
+    copies: int = 1,
+    combine: str = "logits",
 ) -> Iterator[Cell]:
     """The cells of specs with lists, braces and ``all``; made one at a time, so that one defense is in memory."""
     roots = [Path(settings.weights)] if settings.weights else None
@@ -413,5 +449,5 @@ def grid(
     for p in lists[0]:
         for c in lists[1]:
             defense = load(p, c, dataset, copies=copies, combine=combine, weights=settings.weights)
-            for a in lists[2]:
-                yield Cell(defense, dataset, a, settings)
+            for eps, a in itertools.product(radii, lists[2]):
+                yield Cell(defense, dataset, a, dataclasses.replace(settings, eps=eps))

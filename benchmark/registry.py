@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -10,6 +11,7 @@ import inspect
 import itertools
 import pkgutil
 import re
+import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -95,7 +97,7 @@ def parse(text: str) -> Spec:
     head, *items = text.strip().split(",")
     name, colon, rest = head.partition(":")
     argument: str | None = rest if colon else None
-    if argument and re.match(r"^\w+=", argument):
+    if argument and re.match(r"^[\w-]+=", argument):
         items, argument = [argument, *items], None
     options: dict[str, Value] = {}
     for item in items:
@@ -124,18 +126,31 @@ def load(kind: str, name: str, argument: str | None = None) -> type:
         argument: for "file": ``PATH.py:Class``.
 
     Raises:
-        UsageError: for an unknown name, with the nearest and all; or for a file that doesn't define the class.
+        UsageError: for an unknown name, with the nearest and all; for an argument that nothing reads; or for a file
+            that doesn't define the class.
     """
     if name == "file":
         return _from_file(kind, argument)
+    if argument is not None:
+        raise UsageError(f"{name}:{argument}: {name} takes no argument; options are written {name}:key=value")
     plugins = {p.name.replace("_", "-"): p for p in importlib.metadata.entry_points(group=kind)}
     if name not in names(kind):
         raise UsageError(unknown(kind[:-1], name, names(kind)))
+    if argument is not None:
+        raise UsageError(f"{name}:{argument}: {name} takes no argument; options are written {name}:key=value")
     if name in plugins:
         return plugins[name].load()
     module = importlib.import_module(f"{kind}.{name.replace('-', '_')}")
     (component,) = _components(kind, module)
     return component
+
+
+def source(spec: Spec) -> dict[str, str]:
+    """The sha256 of a ``file:`` component's file: another text is another component. Empty for the rest."""
+    if spec.name != "file":
+        return {}
+    path = Path((spec.argument or "").partition(":")[0])
+    return {"source": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def options(component: type) -> dict[str, inspect.Parameter]:
@@ -175,7 +190,10 @@ def _hint(component: type, parameter: inspect.Parameter) -> Any:
     hint = parameter.annotation
     if hint is inspect.Parameter.empty:
         return type(parameter.default)
-    return eval(hint, vars(inspect.getmodule(component))) if isinstance(hint, str) else hint
+    if not isinstance(hint, str):
+        return hint
+    constructor = inspect.unwrap(component.__init__)  # type: ignore[misc]
+    return eval(hint, constructor.__globals__)
 
 
 def _typed(value: Value, hint: Any, what: str) -> Any:
@@ -211,6 +229,7 @@ def _from_file(kind: str, argument: str | None) -> type:
     module_spec = importlib.util.spec_from_file_location(f"_file_{file.stem}", file)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # where inspect and dataclasses look for it
     module_spec.loader.exec_module(module)
     found = {c.__name__: c for c in _components(kind, module)}
     if name not in found and not (not name and len(found) == 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,35 @@ def render(table: list[dict[str, Any]], form: str) -> str:
     raise UsageError(f"--format {form}: known formats are md, csv, json")
 
 
+def compact(runs: Iterable[dict[str, Any]]) -> str:
+    """A Markdown line per defense and radius: clean accuracy, each attack beside the other, and their worst case."""
+    runs = [r for r in runs if r["records"]]
+    used = {run["names"]["attack"].split(":")[0] for run in runs}
+    attacks = [a for a in HEADLINE if a in used] + sorted(used - set(HEADLINE))
+    head = ["purifier", "classifier", "norm", "eps", "n", "draws", "clean %", *attacks, "worst case %", "random noise %"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    displays: dict[str, list[str]] = {}
+    for group in sorted(_groups(runs).values(), key=_order):
+        by_attack = {run["names"]["attack"].split(":")[0]: _row(run, run["records"]) for run in group}
+        worst = _worst_row(group) if len(group) > 1 else next(iter(by_attack.values()))
+        for attack, row in by_attack.items():
+            displays.setdefault(attack, []).append(row["display"])
+        cells = [worst["purifier"], worst["classifier"], worst["norm"], worst["eps"], str(worst["n"]), str(worst["draws"])]
+        cells += [_with_interval(worst, "clean")]
+        cells += [_percent(by_attack[a]["robust"]) if a in by_attack else "–" for a in attacks]
+        cells += [_with_interval(worst, "robust"), _percent(worst["random_control"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    legend = "; ".join(f"{a}: {' or '.join(dict.fromkeys(displays[a]))}" for a in attacks)
+    return "\n".join([*lines, "", f"{legend}."]) + "\n"
+
+
+def _order(group: list[dict[str, Any]]) -> tuple:
+    identity, names = group[0]["identity"], group[0]["names"]
+    eps = float(Fraction(identity["eps"]))
+    known = [names["purifier"] == p for p in ("identity", "vae", "diffpure")]
+    return identity["norm"], eps, [not k for k in known], names["purifier"], names["classifier"]
+
+
 def shares(records: list[dict[str, Any]], key: str = "adv") -> np.ndarray:
     """The share of correct draws per image."""
     label = np.array([r["label"] for r in records])
@@ -69,9 +99,8 @@ def _row(run: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
     draws = adv.shape[1]
     clean_accuracy = stats.accuracy(stats.mean_rule(clean == label[:, None]), draws)
     robust = stats.accuracy(stats.mean_rule(adv == label[:, None]), draws)
-    stochastic = run["stochastic"]
     broken = np.array([r["broken_at"] for r in records]) >= 0
-    observed = names["attack"] != WORST and (stochastic or run.get("in_loop", True))
+    watched = run["stochastic"] and names["attack"] != WORST  # only then does the any-iteration rule say anything
     notes = [] if run.get("preflight", True) else ["no preflight"]
     notes += ["mixed environment"] if run.get("mixed_environment") else []
     notes += [] if run.get("complete", True) else [f"incomplete: {len(records)} of {run['n']}"]
@@ -98,8 +127,8 @@ def _row(run: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
         "robust_majority": float(stats.majority_rule(adv, label).mean()),
         "clean_worst": float(stats.worst_rule(clean == label[:, None]).mean()),
         "robust_worst": float(stats.worst_rule(adv == label[:, None]).mean()),
-        "robust_any_iteration": float((~broken).mean()) if observed and stochastic else None,
-        "null_floor": float(np.mean([r["null_wrong"] == 0 for r in records])) if observed and stochastic else None,
+        "robust_any_iteration": float((~broken).mean()) if watched else None,
+        "null_floor": float(np.mean([r["null_wrong"] == 0 for r in records])) if watched else None,
         "random_control": float((random == label[:, None]).mean()),
         "nfe": run["nfe"],
         "forwards": float(np.mean([r["forwards"] for r in records])),
@@ -172,8 +201,8 @@ def _markdown(table: list[dict[str, Any]]) -> str:
         seconds = "–" if r["seconds_per_image"] is None else f"{r['seconds_per_image']:.2g}"
         cells = [
             r["purifier"], r["classifier"], r["display"], r["view"], r["norm"], r["eps"], str(r["n"]), str(r["draws"]),
-            f"{_percent(r['clean'])} [{_percent(r['clean_low'])}, {_percent(r['clean_high'])}]",
-            f"{_percent(r['robust'])} [{_percent(r['robust_low'])}, {_percent(r['robust_high'])}]",
+            _with_interval(r, "clean"),
+            _with_interval(r, "robust"),
             f"{_percent(r['clean_majority'])} / {_percent(r['robust_majority'])}",
             f"{_percent(r['clean_worst'])} / {_percent(r['robust_worst'])}",
             any_iteration, _percent(r["random_control"]), str(r["nfe"]), seconds,
@@ -189,6 +218,10 @@ def _markdown(table: list[dict[str, Any]]) -> str:
         "wrong; its null floor is what that rule reads at x itself.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _with_interval(row: dict[str, Any], key: str) -> str:
+    return f"{_percent(row[key])} [{_percent(row[f'{key}_low'])}, {_percent(row[f'{key}_high'])}]"
 
 
 def _percent(value: float) -> str:

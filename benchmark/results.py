@@ -58,7 +58,7 @@ class Run:
         self.identity = identity
         folder = f"{slug(names['attack'])}-{identity.hash8}"
         self.folder = out / slug(identity.dataset) / slug(names["purifier"]) / folder
-        self.settings = settings | {"identity": asdict(identity), "names": names}
+        self.settings = settings | {"identity": asdict(identity), "names": names, "mixed_environment": False}
 
     def open(self, n: int, shape: tuple[int, int, int], *, mixed_environment: bool = False) -> None:
         """Create the folder, or check that it holds this very run, and make room for n examples."""

@@ -87,6 +87,7 @@ def train(
     parts = component.parts(images.shape, recipe.size)  # type: ignore[attr-defined]
     module = component(*parts.values(), **recipe.options).to(device).train()
     _fit(module, recipe, images, folder / "state.pt", device)
+    measured = measure(module, recipe, dataset, data_dir=data_dir, limit=limit)
     files = checkpoints.save(folder, {k: parts[k].cpu() for k in parts})
     card = {
         "kind": recipe.kind,
@@ -102,12 +103,40 @@ def train(
             "validation": f"training images {60_000 - data.VALIDATION} to 59,999, never trained on",
             "sha256": images.fingerprint,
         },
+        "measured": measured,
         "command": f"python -m benchmark train {name} --dataset {dataset}",
         "torch": torch.__version__.split("+")[0],
     }
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     (folder / "state.pt").unlink(missing_ok=True)
     return folder
+
+
+def measure(
+    module: nn.Module, recipe: Recipe, dataset: str, *, data_dir: str | None = None, limit: int | None = None
+) -> dict[str, dict[str, float]]:
+    """What trained weights do on images they never saw: the objective, and for a classifier its accuracy, with n."""
+    module.eval()
+    device = next(module.parameters()).device
+    measured = {}
+    for split in ("validation", "test"):
+        wanted = 10_000 if split == "test" else 1  # a test set at hand may be an excerpt
+        images = data.load(f"{dataset}:split={split}", wanted, data_dir=data_dir)
+        images = images if limit is None else images.first(min(limit, len(images)))
+        sums: dict[str, float] = {}
+        for first in range(0, len(images), 250):
+            rows = slice(first, first + 250)
+            batch = Batch(images.images(rows).to(device), images.labels[rows].to(device))
+            tape = Tape(recipe.seed, "measure", images.ids[rows])
+            with torch.no_grad():
+                losses = module.objectives(batch, tape, **recipe.objective)  # type: ignore[operator]
+                values = {f"objective of {k}": float(v) for k, v in losses.items()}
+                if recipe.kind == "classifiers":
+                    values["accuracy"] = float((module(batch.x).argmax(1) == batch.y).float().mean())
+            for k, v in values.items():
+                sums[k] = sums.get(k, 0.0) + v * len(batch.y)
+        measured[split] = {k: round(v / len(images), 6) for k, v in sums.items()} | {"n": len(images)}
+    return measured
 
 
 def _fit(module: nn.Module, recipe: Recipe, images: data.Dataset, state_file: Path, device: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, i
     return [c0, c1, c2, c3]
 
 
+@runtime_checkable
 class Noise(Protocol):
     """What a purifier may ask of its source of randomness."""
 

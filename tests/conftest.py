@@ -1,0 +1,118 @@
+"""Shared by the tests: shape checks at the purifiers' borders, and components small enough to be exact in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+torch.set_num_threads(1)
+install_import_hook("purifiers", "beartype.beartype")  # before the first import of purifiers
+
+from benchmark import registry  # noqa: E402
+from purifiers import Defense, Purifier, Tape  # noqa: E402
+
+SHAPE = (1, 8, 8)
+
+FILE = '''
+"""A purifier as a newcomer writes it: annotations postponed, an option of every type, no registration."""
+from __future__ import annotations
+
+from torch import Tensor
+
+from purifiers import Purifier
+
+
+class Shrink(Purifier):
+    """g(x) = 1/2 + (1 - amount) (x - 1/2 + sigma n), clamped."""
+
+    def __init__(self, *, amount: float = 0.25, sigma: float = 0.05, steps: int = 2, flip: bool = False,
+                 border: str = "clamp", rounds: int = 1):
+        super().__init__(rounds=rounds)
+        self.amount, self.sigma, self.steps, self.flip = amount, sigma, steps, flip
+
+    def start(self, x, noise):
+        return x.flip(-1) if self.flip else x, None
+
+    def step(self, k: int, state: Tensor, context: None, noise) -> Tensor:
+        return 0.5 + (1 - self.amount) * (state - 0.5 + self.sigma * noise.normal("shrink", k, like=state))
+
+    def finish(self, state, context):
+        return state.clamp(0, 1)
+'''
+
+VARIANTS: dict[str, list[dict]] = {
+    "diffpure": [{"rule": "ode"}, {"rule": "eta"}, {"rule": "eta", "eta": 0.0}, {"labels": "continuous"}],
+    "vae": [{"temperature": 0.0}],
+}
+"""Options beside the defaults under which a purifier must keep its contract; a newcomer needs no entry."""
+
+CASES = [
+    pytest.param((name, options), id=",".join([name, *(f"{k}={v}" for k, v in options.items())]))
+    for name in [*registry.names("purifiers"), "file"]
+    for options in [{}, {"rounds": 2}, *VARIANTS.get(name, [])]
+]
+"""Every purifier file, and one by path, at its defaults, repeated, and in its variants."""
+
+
+@pytest.fixture(scope="session")
+def newcomer(tmp_path_factory) -> str:
+    """``PATH.py:Class`` of a purifier outside the package."""
+    path = tmp_path_factory.mktemp("newcomer") / "shrink.py"
+    path.write_text(FILE)
+    return f"{path}:Shrink"
+
+
+@pytest.fixture(scope="session")
+def make(newcomer):
+    """Build a purifier of ``CASES`` from fresh tiny parts: float64, eval mode, 2 steps where it has steps."""
+
+    def build(case: tuple[str, dict], shape: tuple[int, int, int] = SHAPE) -> Purifier:
+        name, chosen = case
+        component = registry.load("purifiers", name, newcomer if name == "file" else None)
+        steps = {"steps": 2} if "steps" in registry.options(component) else {}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            parts = component.parts(shape, "tiny")
+        return component(*parts.values(), **steps | chosen).double().eval()
+
+    return build
+
+
+def classifier(shape: tuple[int, int, int] = SHAPE, seed: int = 1) -> torch.nn.Module:
+    """The tiny residual network with random weights, float64."""
+    component = registry.load("classifiers", "resnet")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return component(*component.parts(shape, "tiny").values()).double().eval()
+
+
+def images(n: int, shape: tuple[int, int, int] = SHAPE, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """n fixed images, uniform in [0, 1)."""
+    return Tape(11, "images", torch.arange(n)).uniform("pixels", like=torch.empty(n, *shape, dtype=dtype))
+
+
+class Linear(torch.nn.Module):
+    """Logits of a linear model: z_c = ⟨w_c, x - 1/2⟩ + b_c, w of shape (K, C·H·W)."""
+
+    def __init__(self, w: torch.Tensor, b: torch.Tensor):
+        super().__init__()
+        self.register_buffer("w", w)
+        self.register_buffer("b", b)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - 0.5).flatten(1) @ self.w.to(x).T + self.b.to(x)
+
+
+def undefended(model: torch.nn.Module) -> Defense:
+    """A defense that doesn't purify."""
+    return Defense(registry.load("purifiers", "identity")(), model)
+
+
+@pytest.fixture
+def default_float64():
+    """torch's default dtype is float64 during the test."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)

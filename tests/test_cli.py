@@ -1,0 +1,408 @@
+"""The command line, called in process: bad input is named with its remedy, and documents are only documents."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmark import checkpoints, cli, data, registry
+from benchmark.config import BUDGETS
+from benchmark.report import COLUMNS
+from benchmark.results import find_runs
+
+ROOT = Path(__file__).resolve().parents[1]
+NETWORKS = {"diffpure": ("purifiers", "diffpure"), "vae": ("purifiers", "vae"), "resnet": ("classifiers", "resnet")}
+
+
+def tiny_cards(root: Path, shape: tuple[int, int, int] = (1, 28, 28)) -> Path:
+    """Untrained tiny networks for Fashion-MNIST with cards, as ``train`` writes them; gives the --weights folder."""
+    torch.manual_seed(0)
+    for name, (kind, component) in NETWORKS.items():
+        folder = root / "fashion-mnist" / name
+        parts = registry.load(kind, component).parts(shape, "tiny")
+        options = {"t_star": 0.15, "steps": 2, "rule": "eta"} if name == "diffpure" else {}
+        card = {"kind": kind, "component": component, "size": "tiny", "options": options}
+        card["files"] = checkpoints.save(folder, parts)
+        (folder / "card.json").write_text(json.dumps(card))
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return tiny_cards(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture
+def own_weights(tmp_path) -> Path:
+    """Cards that a test may spoil."""
+    return tiny_cards(tmp_path / "weights")
+
+
+@pytest.fixture
+def run(tmp_path, weights):
+    """``run`` of tiny networks on four images; arguments are added to it and win over its own."""
+
+    def call(*arguments: str) -> int:
+        return cli.main(
+            ["run", "--purifier", "diffpure", "--attack", "pgd:steps=2,eot=2", "--n-examples", "4", "--draws", "3",
+             "--device", "cpu", "--offline", "--weights", str(weights), "--out", str(tmp_path / "out"), *arguments]
+        )  # fmt: skip
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory, weights) -> Path:
+    """A folder with two finished runs, identity and diffpure, for the commands that only read."""
+    out = tmp_path_factory.mktemp("recorded")
+    assert cli.main(
+        ["run", "--purifier", "identity,diffpure", "--attack", "pgd:steps=2,eot=2", "--n-examples", "4", "--draws", "3",
+         "--device", "cpu", "--weights", str(weights), "--out", str(out)]
+    ) == 0  # fmt: skip
+    return out
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# --- unknown names
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "nearest", "known"),
+    [
+        ("--purifier", "difpure", "diffpure", ["diffpure", "identity", "vae"]),
+        ("--classifier", "resnett", "resnet", ["resnet"]),
+        ("--attack", "pdg", "pgd", ["apgd", "autoattack", "pgd"]),
+        ("--dataset", "fashion-mnst", "fashion-mnist", ["fashion-mnist"]),
+        ("--norm", "Linff", "Linf", ["L2", "Linf"]),
+        ("--view", "exakt", "exact", ["blind", "bpda", "exact"]),
+        ("--budget", "quik", "quick", ["auto", "quick", "standard", "paper"]),
+        ("--attacker", "diffpur", "diffpure", ["diffpure", "identity", "vae"]),
+        ("--purifier", "diffpure:t_stra=0.1", "t_star", ["eta", "rule", "steps", "t_star"]),
+        ("--attack", "pgd:stepps=3", "steps", ["eot", "loss", "steps"]),
+    ],
+)
+def test_an_unknown_name_gives_the_nearest_and_the_whole_list(run, tmp_path, capsys, option, value, nearest, known):
+    assert run(option, value) == cli.USAGE
+    output = capsys.readouterr()
+    assert output.out == ""
+    _, _, message = output.err.partition("benchmark: ")
+    hint, _, listed = message.partition("known: ")
+    wrong = value.partition(":")[2].partition("=")[0] or value
+    assert f"unknown {'option' if ':' in value else ''}" in hint and repr(wrong) in hint
+    assert "did you mean" in hint and nearest in hint.split("did you mean")[1]
+    assert set(known) <= set(listed.strip().split(", "))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_like_no_other_still_gives_the_list(run, capsys):
+    assert run("--purifier", "zzz") == cli.USAGE
+    message = capsys.readouterr().err
+    assert "did you mean" not in message and "known: diffpure, " in message
+
+
+def test_a_component_of_another_kind_is_called_that(run, capsys):
+    assert run("--purifier", "resnet") == cli.USAGE
+    assert "resnet is one of the classifiers, not of the purifiers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spec", ["file:nowhere.py:Mine", "file:", f"file:{__file__}:NoSuchClass"])
+def test_a_file_that_defines_no_such_purifier(run, capsys, spec):
+    assert run("--purifier", spec) == cli.USAGE
+    assert spec in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["list", "purifierz"], ["report", "--format", "xml"], ["rum"], [], ["run", "--x"]])
+def test_bad_grammar_is_bad_usage(capsys, arguments):
+    assert cli.main(arguments) == cli.USAGE
+    assert "usage: python -m benchmark" in capsys.readouterr().err
+
+
+# --- values out of range
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--eps", "8"], "write 8/255"),
+        (["--eps", "abc"], "expected a number or a fraction in [0, 1] pixel units, e.g. 8/255"),
+        (["--eps", "1/0"], "expected a number or a fraction"),
+        (["--eps", "nan"], "expected a number or a fraction"),
+        (["--eps", "inf"], "expected a number or a fraction"),
+        (["--eps=-1/255"], "isn't negative"),
+        (["--n-examples", "0"], "at least one image"),
+        (["--n-examples", "-3"], "at least one image"),
+        (["--draws", "0"], "at least one draw"),
+        (["--batch-size", "33"], "multiples of 32"),
+        (["--batch-size", "0"], "multiples of 32"),
+        (["--copies", "0"], "copies must be at least 1, got 0"),
+        (["--combine", "mean"], "logits, probabilities, vote"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--dataset", "fashion-mnist:split=dev"], "split=test, split=validation or split=train"),
+        (["--purifier", "diffpure:t_star=2"], "t_star must lie in (0, 1], got 2.0"),
+        (["--purifier", "diffpure:t_star=often"], "diffpure: t_star takes float, got 'often'"),
+        (["--purifier", "diffpure:t_star"], "diffpure takes no argument"),
+        (["--purifier", "diffpure:t_star=0.1,steps"], "expected key=value, got 'steps'"),
+        (["--attack", "pgd:5"], "pgd takes no argument"),
+        (["--attack", "pgd:steps=0"], "must be positive, got 0"),
+        (["--attack", "pgd:steps=1.5"], "pgd: steps takes int, got '1.5'"),
+        (["--attack", "pgd:loss=l1"], "loss must be one of ce, dlr, margin, got 'l1'"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_what_is_expected(run, tmp_path, capsys, arguments, expected):
+    assert run(*arguments) == cli.USAGE
+    output = capsys.readouterr()
+    assert expected in output.err and output.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_l2_radius_may_exceed_one(run):
+    assert run("--norm", "L2", "--eps", "1.5") == cli.DONE
+
+
+def test_more_examples_than_there_are(run, tmp_path, capsys, monkeypatch):
+    assert run("--n-examples", "5000000") == cli.USAGE
+    message = capsys.readouterr().err
+    assert "5,000,000" in message and "10,000" in message
+    monkeypatch.setattr(data, "SYSTEM", tmp_path)
+    assert run("--n-examples", "2000", "--data-dir", str(tmp_path)) == cli.USAGE
+    message = capsys.readouterr().err
+    assert "apt install dataset-fashion-mnist" in message and "--n-examples up to 1000" in message
+
+
+# --- weights
+
+
+def spoil_missing(file: Path) -> None:
+    file.unlink()
+
+
+def spoil_truncated(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def spoil_altered(file: Path) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+
+
+@pytest.mark.parametrize("spoil", [spoil_missing, spoil_truncated, spoil_altered])
+@pytest.mark.parametrize("name", ["diffpure", "resnet"])
+def test_spoilt_weights_are_never_used(run, tmp_path, own_weights, capsys, name, spoil):
+    folder = own_weights / "fashion-mnist" / name
+    (entry,) = json.loads((folder / "card.json").read_text())["files"].values()
+    spoil(folder / entry["file"])
+    found = "no such file" if spoil is spoil_missing else checkpoints.sha256(folder / entry["file"])
+    assert run("--weights", str(own_weights)) == cli.USAGE
+    message = capsys.readouterr().err
+    assert str(folder / entry["file"]) in message
+    assert f"expected sha256 {entry['sha256']}, found {found}" in message
+    assert f"python -m benchmark train {name} --dataset fashion-mnist" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_card_that_is_no_json_is_named(run, own_weights, capsys):
+    card = own_weights / "fashion-mnist" / "diffpure" / "card.json"
+    card.write_text(card.read_text()[:40])
+    assert run("--weights", str(own_weights)) == cli.USAGE
+    assert str(card) in capsys.readouterr().err
+
+
+def test_a_weights_folder_that_does_not_exist_is_named(run, tmp_path, capsys):
+    assert run("--weights", str(tmp_path / "nowhere")) == cli.USAGE
+    assert str(tmp_path / "nowhere") in capsys.readouterr().err
+
+
+def test_without_weights_there_is_no_random_network(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoints, "SHIPPED", tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert run("--weights", str(tmp_path / "empty")) == cli.USAGE
+    message = capsys.readouterr().err
+    assert "no weights for diffpure on fashion-mnist" in message and "benchmark train diffpure" in message
+
+
+def test_shipped_weights_are_what_their_cards_say():
+    for kind in ("purifiers", "classifiers"):
+        for name, card in checkpoints.cards("fashion-mnist").items():
+            if json.loads(card.read_text())["kind"] == kind:
+                assert checkpoints.build(kind, name, "fashion-mnist", (1, 28, 28)).weights
+
+
+# --- the folder of a run
+
+
+def test_the_same_command_again_computes_nothing(run, tmp_path, capsys):
+    assert run() == cli.DONE
+    table, before = capsys.readouterr().out, files(tmp_path / "out")
+    assert run() == cli.DONE
+    assert capsys.readouterr().out == table
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("field", ["seed", "eps", "weights", "protocol"])
+def test_a_cell_that_holds_another_configuration_is_refused(run, tmp_path, capsys, field):
+    assert run() == cli.DONE
+    (path,) = (tmp_path / "out").rglob("run.json")
+    settings = json.loads(path.read_text())
+    settings["identity"][field] = "another"
+    path.write_text(json.dumps(settings))
+    before = files(tmp_path / "out")
+    capsys.readouterr()
+    assert run() == cli.USAGE
+    message = capsys.readouterr().err
+    assert f"{path.parent} holds another configuration ({field} differ)" in message
+    assert "choose another --out or delete the folder" in message
+    assert files(tmp_path / "out") == before
+
+
+def test_an_edited_file_is_another_run(run, tmp_path, capsys):
+    """A purifier outside the repository has no commit: its text must tell its runs apart."""
+    path = tmp_path / "mine.py"
+    for gain in (0.5, 0.25):
+        path.write_text(
+            "from purifiers import Purifier\n\n\nclass Mine(Purifier):\n    stochastic = False\n\n"
+            f"    def start(self, x, noise):\n        return {gain} * x, None\n\n"
+            "    def finish(self, state, context):\n        return state\n"
+        )
+        assert run("--purifier", f"file:{path}:Mine") == cli.DONE
+    assert len(find_runs([tmp_path / "out"])) == 2
+
+
+def test_out_that_is_a_file_is_an_error_and_stays_as_it_is(run, tmp_path, capsys):
+    (tmp_path / "out").write_text("precious")
+    assert run() == cli.FAILED
+    message = capsys.readouterr().err
+    assert str(tmp_path / "out") in message and "can't write" in message and "choose a writable --out" in message
+    assert (tmp_path / "out").read_text() == "precious"
+
+
+# --- commands that read
+
+
+def test_lists(weights, capsys):
+    expected = {
+        "purifiers": {"identity", "vae", "diffpure"},
+        "classifiers": {"resnet"},
+        "attacks": {"pgd", "apgd", "autoattack"},
+        "datasets": {"fashion-mnist"},
+        "budgets": set(BUDGETS),
+    }
+    assert set(expected) == set(cli.KINDS)
+    for kind, names in expected.items():
+        assert cli.main(["list", kind, "--weights", str(weights), "--json"]) == 0
+        entries = json.loads(capsys.readouterr().out)
+        assert names <= {entry["name"] for entry in entries}, kind
+        assert cli.main(["list", kind, "--weights", str(weights)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines] == [entry["name"] for entry in entries]
+
+
+def test_listed_options_are_those_of_the_card(weights, capsys):
+    assert cli.main(["list", "purifiers", "--weights", str(weights), "--json"]) == 0
+    (diffpure,) = [entry for entry in json.loads(capsys.readouterr().out) if entry["name"] == "diffpure"]
+    assert diffpure["weights"] and diffpure["about"]
+    assert (diffpure["options"]["t_star"], diffpure["options"]["steps"]) == ("0.15", "2")
+
+
+def test_plan_runs_nothing_and_counts_what_run_records(weights, recorded, tmp_path, capsys):
+    command = ["--purifier", "identity,diffpure", "--attack", "pgd:steps=2,eot=2", "--n-examples", "4", "--draws", "3",
+               "--device", "cpu", "--weights", str(weights), "--out", str(tmp_path / "out")]  # fmt: skip
+    assert cli.main(["plan", *command, "--json"]) == 0
+    cells = json.loads(capsys.readouterr().out)
+    assert not (tmp_path / "out").exists()
+    assert cli.main(["plan", *command]) == 0
+    assert all(f"{cell['passes']:,} image passes" in capsys.readouterr().out for cell in cells[:1])
+    runs = {run["names"]["purifier"]: run for run in find_runs([recorded])}
+    for cell, name in zip(cells, ("identity", "diffpure"), strict=True):
+        assert name in cell["cell"]
+        record = runs[name]["records"][0]
+        assert (cell["forwards"], cell["backwards"]) == (record["forwards"], record["backwards"])
+        assert cell["passes"] == 4 * cell["nfe"] * (cell["forwards"] + cell["backwards"])
+
+
+def test_the_main_job_is_planned_within_its_limit(weights, capsys):
+    """At most 100,000 passes of the U-Net, whatever the machine: 5 reverse steps as the shipped card has."""
+    command = ["plan", "--purifier", "diffpure:steps=5", "--attack", "autoattack", "--device", "cpu", "--json"]
+    assert cli.main([*command, "--weights", str(weights)]) == 0
+    (cell,) = json.loads(capsys.readouterr().out)
+    assert cell["n"] == 32 and cell["nfe"] == 5
+    assert cell["passes"] <= 100_000
+
+
+def test_status(run, tmp_path, capsys):
+    assert run("--stop-after", "0") == cli.INCOMPLETE
+    assert "the same command continues" in capsys.readouterr().err
+    assert cli.main(["status", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.startswith("incomplete 0/4 ")
+    assert run() == cli.DONE
+    capsys.readouterr()
+    assert cli.main(["status", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.startswith("complete 4/4 ")
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_a_folder_without_a_run_is_named(tmp_path, capsys, command):
+    assert cli.main([command, str(tmp_path)]) == cli.USAGE
+    assert f"{tmp_path}: no run below this folder" in capsys.readouterr().err
+
+
+def test_the_report_is_only_the_document(recorded, capsys):
+    assert cli.main(["report", str(recorded), "--format", "json"]) == 0
+    output = capsys.readouterr()
+    rows = json.loads(output.out)
+    assert output.err == "" and [list(row) for row in rows] == [list(COLUMNS)] * 2
+
+    assert cli.main(["report", str(recorded), "--format", "csv"]) == 0
+    output = capsys.readouterr()
+    assert output.err == "" and output.out.splitlines()[0] == ",".join(COLUMNS)
+    assert len(output.out.splitlines()) == 3
+
+    assert cli.main(["report", str(recorded)]) == 0
+    output = capsys.readouterr()
+    assert output.err == "" and output.out.startswith("| purifier |")
+    assert sum(line.startswith("|") for line in output.out.splitlines()) == 4
+
+
+def test_run_prints_the_table_on_stdout_and_the_plan_on_stderr(run, tmp_path, capsys):
+    assert run() == cli.DONE
+    output = capsys.readouterr()
+    assert "image passes" in output.err and "image passes" not in output.out
+    assert cli.main(["report", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == output.out
+
+
+def test_a_grid_is_every_combination(run, tmp_path):
+    assert run("--purifier", "diffpure:steps={1,2},vae", "--attack", "pgd:steps=1,apgd:steps=1", "--eps", "1/255",
+               "--eps", "2/255", "--n-examples", "1", "--no-preflight") == cli.DONE  # fmt: skip
+    runs = find_runs([tmp_path / "out"])
+    cells = {(r["names"]["purifier"], r["names"]["attack"], r["identity"]["eps"]) for r in runs}
+    assert len(runs) == len(cells) == 3 * 2 * 2
+
+
+def test_compare_gives_one_object(recorded, capsys):
+    a, b = (str(run["folder"]) for run in find_runs([recorded]))
+    assert cli.main(["compare", a, b, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["n"] == 4 and result["low"] <= result["difference"] <= result["high"] and 0 < result["p"] <= 1
+
+
+# --- speed of --help
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom benchmark.cli import main\nassert main(['run', '--help']) == 0\n"
+        "heavy = {'torch', 'diffusers', 'pandas', 'scipy', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'--help imports {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "--n-examples" in done.stdout

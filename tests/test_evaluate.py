@@ -1,0 +1,484 @@
+"""Evaluation end to end, where the right number is known: a Gaussian victim, a coin, and the records themselves."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binom, norm
+from torch import Tensor, nn
+
+from attacks import NORMS
+from benchmark import cli, data, report, stats
+from benchmark.errors import RunError
+from benchmark.evaluate import Result, evaluate
+from benchmark.results import find_runs
+from classifiers import Classifier
+from classifiers.resnet import ResNet
+from purifiers import Defense, Noise, Purifier, Tape
+from purifiers.diffpure import DiffPure
+from purifiers.identity import Identity
+
+HERE = Path(__file__)
+DIMENSIONS, MU, S = 64, 0.02, 0.05
+W = torch.tensor([(-1.0) ** i * (0.5 + i / DIMENSIONS) for i in range(DIMENSIONS)], dtype=torch.float64)
+RADII = {"Linf": "1/64", "L2": "1/8"}
+
+
+class OneStage(Purifier):
+    """A one-shot purifier of one map; the whole of what these tests need of the contract."""
+
+    def start(self, x: Tensor, noise: Noise) -> tuple[Tensor, None]:
+        return self.clean(x, noise), None
+
+    def finish(self, state: Tensor, context: None) -> Tensor:
+        return state
+
+    def clean(self, x: Tensor, noise: Noise) -> Tensor:
+        raise NotImplementedError
+
+
+class Linear(OneStage):
+    """g(x) = 0.5 + shrink (x + sigma n - 0.5): noise, then the linear denoiser of a Gaussian."""
+
+    def __init__(self, *, sigma: float = 0.05, shrink: float = 0.5):
+        super().__init__()
+        self.sigma, self.shrink, self.stochastic = sigma, shrink, sigma > 0
+
+    def clean(self, x: Tensor, noise: Noise) -> Tensor:
+        noisy = x + self.sigma * noise.normal("noise", like=x) if self.stochastic else x
+        return 0.5 + self.shrink * (noisy - 0.5)
+
+
+class TwoLogits(Classifier):
+    """(-w·(x - 0.5), w·(x - 0.5), -10): the third is there for DLR, which needs three classes, and never wins."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = (x - 0.5).flatten(1) @ W.to(x)
+        return torch.stack((-score, score, torch.full_like(score, -10.0)), 1)
+
+
+def gaussian(n: int = 1000) -> tuple[Tensor, Tensor]:
+    """x ~ N(0.5 + y mu, s² I) with y = ±1 and mu = MU sign(w); labels 0 and 1.
+
+    On a grid of 2^-20, so that x ± eps has no rounding and a known adversarial image is known to the bit.
+    """
+    y = torch.arange(n) % 2
+    noise = torch.randn(n, DIMENSIONS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = 0.5 + (2 * y - 1)[:, None] * MU * W.sign() + S * noise
+    return ((x * 2**20).round() / 2**20).float().view(n, 1, 8, 8), y
+
+
+def gaussian_accuracy(name: str, eps: float, sigma: float) -> float:
+    """Phi((w·mu - eps ‖w‖*) / (‖w‖_2 sqrt(s² + sigma²))), ‖·‖* the dual of the threat's norm."""
+    dual = W.abs().sum() if name == "Linf" else W.norm()
+    return float(norm.cdf((MU * W.abs().sum() - eps * dual) / (W.norm() * (S**2 + sigma**2) ** 0.5)))
+
+
+def attack_on_gaussian(name: str) -> str:
+    # towards an L2 optimum a random start only turns slowly; from x the first step points there
+    return "pgd:steps=5" if name == "Linf" else "pgd:steps=5,random_start=false"
+
+
+def contains(records: list[dict], key: str, expected: float) -> bool:
+    """Whether the 99.9 % interval of the mean accuracy holds ``expected``."""
+    interval = stats.accuracy(report.shares(records, key), len(records[0][key]), confidence=0.999)
+    return interval.low <= expected <= interval.high
+
+
+# --- the Gaussian known answer
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.05], ids=["deterministic", "stochastic"])
+@pytest.mark.parametrize("name", ["Linf", "L2"])
+def test_gaussian_known_answer(tmp_path, name, sigma):
+    x, y = gaussian()
+    purifier, eps = Linear(sigma=sigma), RADII[name]
+    result = evaluate(
+        Defense(purifier, TwoLogits()), (x, y), attack_on_gaussian(name), norm=name, eps=eps, n=len(x), out=tmp_path,
+        quiet=True,
+    )  # fmt: skip
+
+    x_adv = torch.from_numpy(np.load(result.folder / "adversarial.npy"))
+    towards = (1 - 2 * y).view(-1, 1, 1, 1) * W.view(1, 1, 8, 8)  # where the true class loses most
+    radius = float(Fraction(eps))
+    if name == "Linf":
+        assert torch.equal(x_adv, (x + radius * towards.sign()).float())
+    else:
+        torch.testing.assert_close(x_adv, (x + radius * towards / W.norm()).float(), atol=1e-6, rtol=0)
+    assert (NORMS[name](Fraction(eps)).distance(x_adv, x) <= radius).all()
+
+    purified = purifier(x_adv, Tape(0, "verdict", torch.arange(len(x))))
+    assert x_adv.min() > 0 and x_adv.max() < 1 and purified.min() > 0 and purified.max() < 1, "a clamp acted"
+
+    robust, clean = (gaussian_accuracy(name, radius * attacked, sigma) for attacked in (1, 0))
+    assert 0.5 < robust < 0.9 < clean
+    assert contains(result.records, "adv", robust)
+    assert contains(result.records, "clean", clean)
+    (row,) = result.rows
+    assert row["robust"] == pytest.approx(float(report.shares(result.records).mean()))
+    assert row["n"] == 1000 and row["draws"] == (9 if sigma else 1)
+
+
+def test_gaussian_known_answer_by_the_command(tmp_path, monkeypatch, capsys):
+    """The same number from ``run`` and ``report`` as a user gives them, the Gaussian being a data set by name."""
+    x, y = gaussian()
+    known = data.Dataset("gaussian", x, y, torch.arange(len(y)), "gaussian", 2)
+    monkeypatch.setitem(data.LOADERS, "gaussian", lambda split, at_least, data_dir, offline: known)
+    command = [
+        "run", "--dataset", "gaussian", "--purifier", f"file:{HERE}:Linear,sigma=0.05",
+        "--classifier", f"file:{HERE}:TwoLogits", "--attack", attack_on_gaussian("Linf"), "--eps", RADII["Linf"],
+        "--n-examples", "1000", "--device", "cpu", "--out", str(tmp_path),
+    ]  # fmt: skip
+    assert cli.main(command) == 0
+    assert "| 1000 | 9 |" in capsys.readouterr().out
+    assert cli.main(["report", str(tmp_path), "--format", "json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    (run,) = find_runs([tmp_path])
+
+    expected = gaussian_accuracy("Linf", 1 / 64, 0.05)
+    assert contains(run["records"], "adv", expected)
+    assert row["robust"] == pytest.approx(float(report.shares(run["records"]).mean()))
+    x_adv = np.load(Path(row["run"]) / "adversarial.npy")
+    assert np.array_equal(x_adv, (x + (1 - 2 * y).view(-1, 1, 1, 1) / 64 * W.sign().view(1, 1, 8, 8)).numpy())
+
+
+# --- the null defense
+
+
+class Coin(OneStage):
+    """Writes heads (probability 0.9) or tails into the first pixel, whatever the image.
+
+    Draws are keyed, so two attacks are judged by one tape; the image turns the dial, so that they still see other coins.
+    """
+
+    def clean(self, x: Tensor, noise: Noise) -> Tensor:
+        dial = 200 * x.flatten(1)[:, 1:].mean(1).view(-1, 1, 1, 1)
+        heads = ((noise.uniform("coin", like=x[:, :1, :1, :1]) + dial) % 1 < 0.9).to(x)
+        first = torch.zeros_like(x[:1])
+        first[..., 0, 0] = 1
+        return x * (1 - first) + heads * first
+
+
+class ReadsTheCoin(Classifier):
+    """Class 0 on heads, else class 1; the image moves the logits, so that gradients exist, and never the class."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads, rest = x[:, 0, 0, 0], x.flatten(1)[:, 1:].mean(1)
+        return torch.stack((10 * heads + rest, 5 - rest, torch.zeros_like(rest)), 1)
+
+
+NULL_ATTACKS = [*(f"pgd:steps=2,eot=2,step=0.{i}" for i in range(1, 8)), "autoattack:steps=2,eot=2"]
+
+
+@pytest.fixture(scope="module")
+def null_runs(tmp_path_factory) -> list[dict]:
+    """A defense that is right with probability 0.9 whatever the input, under eight attacks: n = 256, 9 draws."""
+    out = tmp_path_factory.mktemp("null")
+    x, y = torch.rand(256, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(256, dtype=torch.long)
+    for attack in NULL_ATTACKS:
+        evaluate(Defense(Coin(), ReadsTheCoin()), (x, y), attack, eps="16/255", n=256, out=out, quiet=True)
+    return find_runs([out])
+
+
+def test_null_defense_reads_its_accuracy_under_every_attack(null_runs):
+    assert len(null_runs) == len(NULL_ATTACKS)
+    for run in null_runs:
+        for key in ("clean", "adv", "random"):
+            assert contains(run["records"], key, 0.9), (run["names"]["attack"], key)
+
+
+def test_null_defense_reads_its_accuracy_in_the_worst_case_row(null_runs):
+    *_, worst = report.rows(null_runs, worst_case=True)
+    assert worst["attack"] == "worst-case" and worst["n"] == 256
+    per_attack = np.stack([report.shares(run["records"]) for run in null_runs])
+    assert per_attack.min(0).mean() < 0.8, "the minimum over verdict draws should be far below, or this test is blind"
+    # images and draws of a coin are all independent: 256 · 9 tosses
+    low, high = binom.interval(0.999, 256 * 9, 0.9)
+    assert low <= worst["robust"] * 256 * 9 <= high
+
+
+def test_null_defense_breaks_in_the_loop_no_more_than_at_its_floor(null_runs):
+    for run, row in zip(null_runs, report.rows(null_runs), strict=True):
+        seen = 2 * 2 if run["names"]["attack"].startswith("pgd") else 2 * 3 * 2
+        assert contains([{"label": 1, "hit": [int(r["broken_at"] < 0)]} for r in run["records"]], "hit", 0.9**seen)
+        assert contains([{"label": 1, "hit": [int(r["null_wrong"] == 0)]} for r in run["records"]], "hit", 0.9**seen)
+        assert row["robust_any_iteration"] < 0.8 and abs(row["robust_any_iteration"] - row["null_floor"]) < 0.15
+
+
+def test_worst_case_takes_each_image_from_the_attack_with_the_fewest_correct_select_draws(null_runs):
+    *_, worst = report.rows(null_runs, worst_case=True)
+    select = np.stack([report.shares(run["records"], "select") for run in null_runs])
+    verdict = np.stack([report.shares(run["records"], "adv") for run in null_runs])
+    least = select == select.min(0)
+    lowest, highest = np.where(least, verdict, 2).min(0), np.where(least, verdict, -1).max(0)
+    assert (least.sum(0) == 1).sum() > 10, "some images must have one attack that select decides for"
+    assert lowest.mean() - 1e-9 <= worst["robust"] <= highest.mean() + 1e-9
+    # with one possible choice per image the row is known exactly
+    single = [i for i in range(256) if least[:, i].sum() == 1]
+    only = [run | {"records": [run["records"][i] for i in single]} for run in null_runs]
+    *_, worst = report.rows(only, worst_case=True)
+    assert worst["robust"] == pytest.approx(lowest[single].mean())
+
+
+# --- records, rows and formats
+
+
+@pytest.fixture(scope="module")
+def lively() -> Defense:
+    """Untrained tiny DiffPure and ResNet on 8×8 images, with a head loud enough that predictions differ."""
+    torch.manual_seed(0)
+    parts = ResNet.parts((1, 8, 8))
+    classifier = ResNet(*parts.values())
+    classifier.eval()
+    with torch.no_grad():
+        classifier.net[-1].weight.mul_(30)
+        classifier.net[-1].bias.sub_(classifier(torch.rand(64, 1, 8, 8)).mean(0))
+    return Defense(DiffPure(*DiffPure.parts((1, 8, 8)).values(), t_star=0.3, steps=2, rule="eta"), classifier)
+
+
+@pytest.fixture(scope="module")
+def images(lively) -> tuple[Tensor, Tensor]:
+    """48 noise images; three of four labels are what the defense says."""
+    x = torch.rand(48, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = lively(x, Tape(9, "labels", torch.arange(48))).argmax(1)
+    return x, torch.where(torch.arange(48) % 4 == 0, (y + 1) % 10, y)
+
+
+def run_lively(defense: Defense, images: tuple[Tensor, Tensor], out: Path, **settings) -> Result:
+    settings = {"attack": "pgd:steps=3,eot=2", "eps": "32/255", "draws": 5, "out": out, "quiet": True} | settings
+    return evaluate(defense, images, **settings)
+
+
+def same_files(a: Result, b: Result) -> bool:
+    return all((a.folder / f).read_bytes() == (b.folder / f).read_bytes() for f in ("records.jsonl", "adversarial.npy"))
+
+
+def test_row_count_changes_no_byte(tmp_path, lively, images):
+    few, many = (run_lively(lively, images, tmp_path / str(rows), n=40, rows=rows) for rows in (32, 64))
+    assert len({c for r in few.records for c in r["adv"]}) > 1, "predictions must differ for this to say anything"
+    assert same_files(few, many)
+    a, b = (np.load(result.folder / "logits.npz") for result in (few, many))
+    assert set(a) == {"id", "clean", "adv", "select", "random"}
+    assert all(np.array_equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("attack", ["pgd:steps=3,eot=2", "autoattack:steps=2,eot=2"])
+def test_extending_a_run_changes_no_byte(tmp_path, lively, images, attack):
+    first = run_lively(lively, images, tmp_path / "extended", n=8, attack=attack)
+    assert len(first.records) == 8
+    extended = run_lively(lively, images, tmp_path / "extended", n=40, attack=attack)
+    at_once = run_lively(lively, images, tmp_path / "at once", n=40, attack=attack)
+    assert extended.folder == first.folder
+    assert extended.records[:8] == first.records
+    assert same_files(extended, at_once)
+
+
+def test_packages_autoattack_extends_byte_by_byte(tmp_path):
+    """The package searches whole blocks; an extension must not see other blocks."""
+    torch.manual_seed(0)
+    x, y = gaussian(40)
+    defense = Defense(Identity(), TwoLogitsOfFive())
+    extended = [
+        evaluate(defense, (x, y), "autoattack", eps="1/16", n=n, out=tmp_path / "a", quiet=True) for n in (8, 40)
+    ]
+    at_once = evaluate(defense, (x, y), "autoattack", eps="1/16", n=40, out=tmp_path / "b", quiet=True)
+    assert extended[1].records[:8] == extended[0].records
+    assert same_files(extended[1], at_once)
+    (row,) = at_once.rows
+    assert row["display"].startswith("AutoAttack (standard, pyautoattack ")
+    assert {r["package_verdict"] for r in at_once.records} <= {True, False}
+
+
+class TwoLogitsOfFive(TwoLogits):
+    """The package's targeted attacks want more classes than targets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        two = super().forward(x)[:, :2]
+        return torch.cat((two, (0.1 * two[:, :1] - torch.arange(10.0, 18.0))), 1)
+
+
+def test_records_hold_the_facts_of_each_image(tmp_path, lively, images):
+    x, y = images
+    result = run_lively(lively, images, tmp_path, n=8, draws=5)
+    lines = (result.folder / "records.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == result.records
+    x_adv = torch.from_numpy(np.load(result.folder / "adversarial.npy"))
+    threat = NORMS["Linf"](Fraction("32/255"))
+    logits = np.load(result.folder / "logits.npz")
+    for i, record in enumerate(result.records):
+        assert set(record) == {
+            "id", "label", "clean", "adv", "select", "random", "distance", "broken_at", "null_wrong", "fallback",
+            "package_verdict", "forwards", "backwards",
+        }  # fmt: skip
+        assert record["id"] == i and record["label"] == y[i]
+        assert [len(record[k]) for k in ("clean", "adv", "random", "select")] == [5, 5, 5, 8]
+        assert all(record[k] == logits[k][i].argmax(-1).tolist() for k in ("clean", "adv", "random", "select"))
+        assert record["distance"] == float(threat.distance(x_adv[i : i + 1], x[i : i + 1])) <= 32 / 255
+        assert record["fallback"] is (record["distance"] == 0)
+        assert -1 <= record["broken_at"] < 3 and 0 <= record["null_wrong"] <= 6
+        # 3 iterations of 2 draws, as many at x for the null floor, three verdicts of 5, one candidate's 8 select draws
+        assert (record["forwards"], record["backwards"]) == (6 + 6 + 15 + 8, 6)
+    # the verdict is the defense's word on what lies on disk, on draws of the role of that name
+    with torch.no_grad():
+        tape = Tape(0, "verdict", torch.arange(8)).draws(5)
+        verdict = lively(x_adv.repeat_interleave(5, 0), tape).argmax(1).view(8, 5)
+    assert verdict.tolist() == [r["adv"] for r in result.records]
+
+
+def test_rows_are_the_same_in_every_format(null_runs):
+    rows = report.rows(null_runs, worst_case=True)
+    assert all(list(row) == report.COLUMNS for row in rows)
+    assert json.loads(report.render(rows, "json")) == rows
+
+    table = list(csv.DictReader(io.StringIO(report.render(rows, "csv"))))
+    assert list(table[0]) == report.COLUMNS and len(table) == len(rows)
+    for line, row in zip(table, rows, strict=True):
+        for column, value in row.items():
+            if value is None:
+                assert line[column] == ""
+            else:
+                assert type(value)(line[column]) == value, column
+
+    head, _, *lines = report.render(rows, "md").split("\n\n")[0].splitlines()
+    names = [cell.strip() for cell in head.strip("|").split(" | ")]
+    assert len(lines) == len(rows)
+    for line, row in zip(lines, rows, strict=True):
+        cells = dict(zip(names, (cell.strip() for cell in line.strip("|").split(" | ")), strict=True))
+        percent = [f"{100 * row[k]:.1f}" for k in ("robust", "robust_low", "robust_high")]
+        assert cells["robust % [95 %]"] == "{} [{}, {}]".format(*percent)
+        assert (cells["attack"], cells["n"], cells["draws"]) == (row["display"], str(row["n"]), str(row["draws"]))
+
+
+# --- preflight
+
+
+class Probabilities(TwoLogits):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).softmax(1)
+
+
+class Infinite(TwoLogits):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 0.0
+
+
+class Detached(OneStage):
+    stochastic = False
+
+    def clean(self, x: Tensor, noise: Noise) -> Tensor:
+        return x.detach()
+
+
+class StraightThrough(OneStage):
+    stochastic = False
+
+    def clean(self, x: Tensor, noise: Noise) -> Tensor:
+        return x + (x.square() - x).detach()
+
+
+class Rounds(OneStage):
+    stochastic = False
+
+    def clean(self, x: Tensor, noise: Noise) -> Tensor:
+        return (255 * x).round() / 255
+
+
+class OutOfRange(OneStage):
+    stochastic = False
+
+    def clean(self, x: Tensor, noise: Noise) -> Tensor:
+        return 2 * x
+
+
+class BatchMean(OneStage):
+    stochastic = False
+
+    def clean(self, x: Tensor, noise: Noise) -> Tensor:
+        return 0.5 + 0.5 * (x - x.mean(0, keepdim=True))
+
+
+class ClaimsToBeDeterministic(Linear):
+    def __init__(self):
+        super().__init__()
+        self.stochastic = False
+
+    def clean(self, x: Tensor, noise: Noise) -> Tensor:
+        return x + 0.05 * noise.normal("noise", like=x)
+
+
+class ClaimsToBeStochastic(OneStage):
+    stochastic = True
+
+    def clean(self, x: Tensor, noise: Noise) -> Tensor:
+        return x
+
+
+class GlobalNoise(OneStage):
+    def clean(self, x: Tensor, noise: Noise) -> Tensor:
+        return x + 0.05 * torch.randn_like(x)
+
+
+class Trains(TwoLogits):
+    def __init__(self):
+        super().__init__()
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.dropout.train()
+        return super().forward(self.dropout(x))
+
+
+@pytest.mark.parametrize(
+    ("purifier", "classifier", "check"),
+    [
+        (Identity, Probabilities, "logits-not-probabilities"),
+        (Identity, Infinite, "finite-logits"),
+        (Identity, Trains, "eval-mode"),
+        (Detached, TwoLogits, "zero-gradients"),
+        (Rounds, TwoLogits, "zero-gradients"),
+        (StraightThrough, TwoLogits, "finite-differences"),
+        (OutOfRange, TwoLogits, "range"),
+        (BatchMean, TwoLogits, "row-position"),
+        (ClaimsToBeDeterministic, TwoLogits, "stochastic-as-declared"),
+        (ClaimsToBeStochastic, TwoLogits, "stochastic-as-declared"),
+        (GlobalNoise, TwoLogits, "repeatable"),
+    ],
+)
+def test_preflight_stops_a_defense_that_would_be_measured_wrongly(tmp_path, purifier, classifier, check):
+    defense = Defense(purifier(), classifier())
+    with pytest.raises(RunError, match=rf"nothing was run[\s\S]*\n  {check}: "):
+        evaluate(defense, gaussian(8), "pgd:steps=1", eps="1/64", n=8, out=tmp_path, quiet=True)
+    assert not list(tmp_path.rglob("journal.jsonl"))
+
+
+def test_without_preflight_the_run_goes_on_and_the_table_says_so(tmp_path):
+    result = evaluate(
+        Defense(GlobalNoise(), TwoLogits()), gaussian(8), "pgd:steps=1", eps="1/64", n=8, out=tmp_path, quiet=True,
+        preflight=False,
+    )  # fmt: skip
+    assert "[no preflight]" in report.render(result.rows, "md")
+
+
+# --- identity
+
+
+def test_a_defense_built_by_hand_with_other_options_is_another_run(tmp_path):
+    settings = {"attack": "pgd:steps=1", "eps": "1/64", "n": 4, "out": tmp_path, "quiet": True}
+    quiet, loud = (
+        evaluate(Defense(Linear(sigma=sigma), TwoLogits()), gaussian(4), **settings) for sigma in (1e-3, 0.2)
+    )
+    assert quiet.folder != loud.folder, "the second evaluation must not be answered with the first one's records"
+
+
+def test_the_documented_import_gives_the_functions():
+    from benchmark import evaluate, load
+
+    assert callable(evaluate) and callable(load)

@@ -1,0 +1,161 @@
+"""Accuracies, intervals and comparisons: agreement with scipy where it has them, coverage by simulation."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from benchmark.stats import accuracy, compare, majority_rule, mean_rule, worst_rule
+
+DRAWS, N = 9, 64
+
+
+@pytest.mark.parametrize("n", [1, 2, 32, 256])
+def test_one_draw_gives_wilsons_interval(n):
+    for right in sorted({0, 1, n // 3, n - 1, n}):
+        interval = accuracy(np.r_[np.ones(right), np.zeros(n - right)], 1)
+        expected = stats.binomtest(right, n).proportion_ci(0.95, "wilson")
+        assert interval.mean == right / n
+        assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+@given(st.lists(st.integers(0, DRAWS), min_size=1, max_size=80))
+def test_an_interval_lies_between_n_and_n_times_draws_worth_of_images(right):
+    """Never narrower than if all draws were images, never wider than if each image had one draw."""
+    shares = np.array(right) / DRAWS
+    n, m = len(shares), shares.mean()
+    interval = accuracy(shares, DRAWS)
+
+    def wilson(k):
+        z = stats.norm.ppf(0.975)
+        half = z / (1 + z * z / k) * np.sqrt(m * (1 - m) / k + z * z / (4 * k * k))
+        return 2 * half
+
+    assert 0 <= interval.low <= interval.mean <= interval.high <= 1
+    width = interval.high - interval.low
+    assert wilson(n * DRAWS) - 1e-9 <= width <= wilson(n) + 1e-9
+
+
+def test_draws_that_agree_are_worth_one_and_independent_draws_are_worth_all():
+    agreeing = np.repeat([0.0, 1.0], N // 2)
+    assert accuracy(agreeing, DRAWS) == accuracy(agreeing, 1)
+    equal = np.full(N, 1 / 3)
+    assert accuracy(equal, DRAWS) == accuracy(equal, 1)  # no variance measured: nothing is claimed
+    mixed = np.random.default_rng(0).binomial(DRAWS, 0.5, N) / DRAWS
+    narrow, wide = accuracy(mixed, DRAWS), accuracy(mixed, 1)
+    assert narrow.high - narrow.low < 0.5 * (wide.high - wide.low)
+
+
+def test_no_images_no_accuracy():
+    with pytest.raises(ValueError, match="at least one image"):
+        accuracy(np.array([]), DRAWS)
+
+
+def coverage(m: float, concentration: float, n: int, studies: int = 500) -> float:
+    """How often the interval of a study of n images, p_i ~ Beta of mean m, 9 draws each, holds m."""
+    rng = np.random.default_rng(round(1000 * m) + round(10 * concentration))
+    p = rng.beta(m * concentration, (1 - m) * concentration, (studies, n))
+    intervals = [accuracy(shares, DRAWS) for shares in rng.binomial(DRAWS, p) / DRAWS]
+    return float(np.mean([i.low <= m <= i.high for i in intervals]))
+
+
+@pytest.mark.parametrize("concentration", [0.1, 1.0, 10.0, 100.0], ids=lambda c: f"concentration={c}")
+@pytest.mark.parametrize("m", [0.05, 0.2, 0.5, 0.8, 0.95])
+def test_coverage(m, concentration):
+    """92 to 97 % of studies of 64 images, give or take 500 studies' own error, draws alike or independent."""
+    assert 0.895 <= coverage(m, concentration, N) <= 0.985
+
+
+@pytest.mark.parametrize("concentration", [0.1, 1.0, 10.0], ids=lambda c: f"concentration={c}")
+@pytest.mark.parametrize("m, n, least", [(0.01, 64, 0.82), (0.99, 64, 0.82), (0.01, 256, 0.88), (0.99, 256, 0.88)])
+def test_coverage_where_less_than_three_images_decide(m, n, least, concentration):
+    """Where n·min(m, 1 - m) is below 3 the spread of so few images is hardly measured: 86 % at worst, not 95 %."""
+    assert coverage(m, concentration, n) >= least
+
+
+def test_the_interval_that_ignores_clusters_would_fail_the_same_simulation():
+    rng = np.random.default_rng(0)
+    p = rng.beta(0.05, 0.05, (500, N))
+    shares = rng.binomial(DRAWS, p) / DRAWS
+    pooled = [stats.binomtest(round(s.sum() * DRAWS), N * DRAWS).proportion_ci(0.95, "wilson") for s in shares]
+    assert np.mean([i.low <= 0.5 <= i.high for i in pooled]) < 0.7
+
+
+PREDICTED = np.array([[1, 1, 2], [1, 2, 2], [1, 2, 3], [2, 2, 2], [1, 1, 1], [-1, -1, 1], [1, 1, -1], [-1, -1, -1]])
+LABEL = np.ones(len(PREDICTED), dtype=int)
+
+
+def test_majority_rule():
+    """Strictly more votes than any other class; a tie is wrong; draws that weren't finite vote for no class."""
+    assert majority_rule(PREDICTED, LABEL).tolist() == [1, 0, 0, 0, 1, 0, 1, 0]
+    assert majority_rule(np.array([[0, 0, 1, 1]]), np.array([0])).tolist() == [0]
+    assert majority_rule(np.array([[0, 0, 1, 1]]), np.array([1])).tolist() == [0]
+    assert majority_rule(np.array([[0, 0]]), np.array([7])).tolist() == [0]
+
+
+def test_mean_and_worst_rules():
+    correct = PREDICTED == LABEL[:, None]
+    assert mean_rule(correct) == pytest.approx([2 / 3, 1 / 3, 1 / 3, 0, 1, 1 / 3, 2 / 3, 0])
+    assert worst_rule(correct).tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
+
+
+@given(
+    st.lists(st.lists(st.integers(-1, 4), min_size=7, max_size=7), min_size=1, max_size=20),
+    st.integers(0, 4),
+    st.permutations(range(7)),
+)
+def test_laws_of_the_rules(predicted, label, order):
+    predicted = np.array(predicted)
+    labels = np.full(len(predicted), label)
+    correct = predicted == labels[:, None]
+    mean, majority, worst = mean_rule(correct), majority_rule(predicted, labels), worst_rule(correct)
+    assert (worst <= mean).all() and (worst <= majority).all()
+    assert (majority[mean > 0.5] == 1).all() and (majority[mean <= 1 / 7] == 0)[mean[mean <= 1 / 7] == 0].all()
+    shuffled = predicted[:, order]
+    assert (majority_rule(shuffled, labels) == majority).all()
+    assert (majority_rule(predicted[:, :1], labels) == correct[:, 0]).all()
+
+
+def test_compare_is_zero_for_equals_and_antisymmetric():
+    rng = np.random.default_rng(0)
+    a, b = rng.binomial(DRAWS, 0.5, (2, N)) / DRAWS
+    same = compare(a, a)
+    assert same == (0.0, 0.0, 0.0, 1.0)
+    forward, backward = compare(a, b), compare(b, a)
+    assert forward.difference == pytest.approx(a.mean() - b.mean())
+    assert forward.difference == -backward.difference and forward.low == pytest.approx(-backward.high, abs=0.02)
+    assert forward.p == pytest.approx(backward.p, abs=0.02)
+    assert compare(a, b) == forward
+
+
+def test_compare_agrees_with_all_sign_flips():
+    d = np.array([0.5, 0.25, -0.125, 0.375, 0.0625, -0.25, 0.75, 0.1])
+    flips = np.array([np.mean(np.array(s) * d) for s in itertools.product((-1, 1), repeat=len(d))])
+    exact = (abs(flips) >= d.mean() - 1e-12).mean()
+    assert compare(d, np.zeros(8)).p == pytest.approx(exact, abs=4 * np.sqrt(exact * (1 - exact) / 10_000))
+
+
+def test_p_under_the_null_falls_below_a_level_as_often_as_the_level_says():
+    rng = np.random.default_rng(1)
+    p = rng.beta(1, 1, (400, 48))
+    a, b = rng.binomial(DRAWS, p) / DRAWS, rng.binomial(DRAWS, p) / DRAWS
+    values = np.array([compare(x, y, resamples=400, seed=i).p for i, (x, y) in enumerate(zip(a, b, strict=True))])
+    for level in (0.05, 0.1, 0.25, 0.5):
+        assert abs((values <= level).mean() - level) < 4 * np.sqrt(level * (1 - level) / len(values))
+
+
+def test_compare_detects_a_shift_and_its_interval_holds_it():
+    rng = np.random.default_rng(2)
+    p = rng.uniform(0.1, 0.8, 256)
+    result = compare(rng.binomial(DRAWS, p + 0.1) / DRAWS, rng.binomial(DRAWS, p) / DRAWS)
+    assert result.p < 0.001 and 0 < result.low < 0.1 < result.high < 0.2
+
+
+def test_compare_needs_the_same_images():
+    with pytest.raises(ValueError, match="the same images, got 3 and 4"):
+        compare(np.zeros(3), np.zeros(4))
