@@ -107,12 +107,11 @@ class L2(ThreatModel):
 
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
         delta = x_adv - x
-        length = delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         # x lies in the box, so clamping moves every element towards x and stays in the ball
-        return (x + delta * (self.bound / length.clamp_min(1e-12)).clamp_max(1)).clamp(0, 1)
+        return (x + _direction(delta) * _length(delta).clamp_max(self.bound)).clamp(0, 1)
 
     def step(self, gradient: Tensor, size: float | Tensor) -> Tensor:
-        return size * gradient / gradient.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+        return size * _direction(gradient)
 
     def random(self, x: Tensor, noise: Any) -> Tensor:
         delta = self.step(noise.normal("start", like=x), 1.0)
@@ -125,6 +124,15 @@ class L2(ThreatModel):
     def _shrink(self, x_adv: Tensor, x: Tensor) -> Tensor:
         outside = (self.distance(x_adv, x) > self.bound).view(-1, 1, 1, 1)
         return torch.where(outside, _nearer(x_adv, x), x_adv)
+
+
+def _length(delta: Tensor) -> Tensor:
+    return delta.square().flatten(1).sum(1).sqrt().view(-1, 1, 1, 1)
+
+
+def _direction(delta: Tensor) -> Tensor:
+    """delta / ‖delta‖_2 in the reference's arithmetic: where a loss stands still, its last bits choose the best point."""
+    return delta / (_length(delta) + 1e-12)
 
 
 def _nearer(x_adv: Tensor, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks._base import Attack, State
-from attacks._gradient import Victim, blocks
+from attacks._gradient import Victim
 from attacks._threat import ThreatModel
 from attacks.apgd import APGD
 
@@ -86,7 +86,7 @@ class AutoAttack(Attack):
         """pyautoattack's standard version on the whole block at once."""
         from pyautoattack import AutoAttack as Package
 
-        model = _FixedRows(victim)
+        model = _Counted(victim)
         with _forked_generator(x.device), torch.no_grad(), _log_of_package():
             package = Package(
                 model, norm=threat.norm, eps=threat.bound, seed=_seed(victim), version="standard", device=x.device
@@ -97,20 +97,22 @@ class AutoAttack(Attack):
         return state | {"candidates": x_adv[None], "package_correct": y_adv == y}
 
 
-class _FixedRows(nn.Module):
-    """The defense in calls of one row count, whatever subset the package asks for, and counted."""
+class _Counted(nn.Module):
+    """The defense as a module x → logits, with its rows counted.
+
+    Calls have the package's own shrinking row counts: a block is always run whole, so they repeat, and padding the few
+    images left at the end would multiply the cost.
+    """
 
     def __init__(self, victim: Victim):
         super().__init__()
-        self.victim, self.forwards, self.backwards = [victim], 0, 0
+        self.victim, self.forwards, self.backwards = [victim], 0, 0  # in a list: not a submodule
 
     def forward(self, x: Tensor) -> Tensor:
         (victim,) = self.victim
         self.forwards += len(x)
         self.backwards += len(x) if torch.is_grad_enabled() and x.requires_grad else 0
-        y = torch.zeros(len(x), dtype=torch.long, device=x.device)
-        calls = blocks(victim.rows, x, y, None)
-        return torch.cat([victim.defense(inputs, None, victim.view)[:count] for inputs, _, _, count in calls])
+        return victim.defense(x, None, victim.view)
 
 
 def _seed(victim: Victim) -> int:

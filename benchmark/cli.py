@@ -151,6 +151,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from benchmark.results import read_run
 
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    for _ in _cells(arguments):  # a slip in the last spec shows now, not after the hours that the first cells take
+        pass
     folders = []
     for cell in _cells(arguments):
         print(f"{cell}\n{cell.plan}", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,8 +143,11 @@ def _fashion_files(stem: str, data_dir: str | None, offline: bool) -> tuple[np.n
             raise UsageError(_fashion_remedy(root, f"the download failed: {error}")) from error
     if found is None:
         raise UsageError(_fashion_remedy(root, "--offline forbids the download"))
-    images = _read_idx(_idx(found, f"{stem}-images-idx3-ubyte"))
-    labels = _read_idx(_idx(found, f"{stem}-labels-idx1-ubyte"))
+    try:
+        images = _read_idx(_idx(found, f"{stem}-images-idx3-ubyte"))
+        labels = _read_idx(_idx(found, f"{stem}-labels-idx1-ubyte"))
+    except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:  # truncated, or a web page in its place
+        raise UsageError(f"{found}/{stem}-*: {error or 'unreadable'}; delete the files and fetch them again") from error
     digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
     if digest != FASHION_SHA256[stem]:
         raise UsageError(
@@ -170,7 +174,7 @@ def _idx(folder: Path, name: str) -> Path | None:
 def _read_idx(path: Path | None) -> np.ndarray:
     """The array in an idx file of unsigned bytes: a magic number ending in the rank, the sizes, the data."""
     if path is None:
-        raise UsageError("the labels file beside the images file is missing; fetch the data set again")
+        raise FileNotFoundError("the labels file beside the images file is missing")
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     rank = raw[3]
     shape = np.frombuffer(raw, ">u4", rank, 4)

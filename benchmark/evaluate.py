@@ -100,8 +100,8 @@ def load(
     Raises:
         UsageError: for unknown names or options, or weights that are missing or altered.
     """
-    shape = data.load(dataset, 1).shape
     family = dataset.split(":")[0].replace("_", "-")
+    shape = data.load(family).shape  # of the test set, which is always at hand
     roots = [Path(weights)] if weights else None
     g = checkpoints.build("purifiers", purifier, family, shape, roots)
     f = checkpoints.build("classifiers", classifier, family, shape, roots)

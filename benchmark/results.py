@@ -151,26 +151,27 @@ class Run:
             )
         old, new = (dict(s["environment"]) for s in (found, self.settings))
         differ = [k for k in new if k != "commit" and old.get(k) != new[k]]
-        if differ and not mixed and self.done():
+        begun = bool(self.done()) or (self.folder / "state.pt").exists()
+        if differ and not mixed and begun:
             changes = ", ".join(f"{k}: {old.get(k)} → {new[k]}" for k in differ)
             raise UsageError(
                 f"{self.folder} was begun in another environment ({changes}); "
                 "continue it there, or pass --mixed-environment, which the table will say"
             )
-        self.settings["mixed_environment"] = bool(differ and self.done()) or found.get("mixed_environment", False)
+        self.settings["mixed_environment"] = bool(differ and begun) or found.get("mixed_environment", False)
 
     def _room(self, n: int, shape: tuple[int, int, int]) -> None:
-        path = self.folder / "adversarial.npy"
-        if path.exists():
-            old = np.load(path, mmap_mode="r")
-            if len(old) >= n:
-                return
-            larger = np.lib.format.open_memmap(path.with_suffix(".new"), "w+", np.float32, (n, *shape))
-            larger[: len(old)] = old
-            larger.flush()
-            path.with_suffix(".new").replace(path)
-        else:
-            np.lib.format.open_memmap(path, "w+", np.float32, (n, *shape)).flush()
+        path, new = self.folder / "adversarial.npy", self.folder / "adversarial.new"
+        old = np.load(path, mmap_mode="r") if path.exists() else np.empty((0, *shape), np.float32)
+        if len(old) >= n:
+            return
+        larger = np.lib.format.open_memmap(new, "w+", np.float32, (n, *shape))
+        if hasattr(os, "posix_fallocate"):  # a hole would be filled through the map, where a full disk is a SIGBUS
+            with new.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, new.stat().st_size)
+        larger[: len(old)] = old
+        larger.flush()
+        new.replace(path)
 
 
 def read_run(folder: Path) -> dict[str, Any]:

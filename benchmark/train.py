@@ -21,6 +21,8 @@ from benchmark.errors import UsageError
 from purifiers import Batch, Tape
 
 RECIPES = Path(__file__).parent / "recipes.toml"
+SAVE_EVERY = 60.0
+"""Seconds between saves of a training under way."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def _fit(module: nn.Module, recipe: Recipe, images: data.Dataset, state_file: Pa
             mean[k] += (loss.item() - mean[k]) * max(0.01, 1 / (step - first + 1))
         ema.step(module.parameters())
         progress.set_postfix({k: f"{v:.4g}" for k, v in mean.items()}, refresh=False)
-        if time.monotonic() - last_save > 60:
+        if time.monotonic() - last_save > SAVE_EVERY:
             saved = {k: part.state_dict() for k, part in stateful.items()} | {"step": step + 1, "total": total}
             torch.save(saved, state_file.with_suffix(".new"))
             state_file.with_suffix(".new").replace(state_file)

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
-install_import_hook("purifiers", "beartype.beartype")  # before the first import of purifiers
+# before the first import of purifiers; the tower: an int will do for a float
+install_import_hook("purifiers", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 from benchmark import registry  # noqa: E402
 from purifiers import Defense, Purifier, Tape  # noqa: E402

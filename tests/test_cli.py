@@ -119,7 +119,9 @@ def test_a_file_that_defines_no_such_purifier(run, capsys, spec):
     assert spec in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["list", "purifierz"], ["report", "--format", "xml"], ["rum"], [], ["run", "--x"]])
+@pytest.mark.parametrize(
+    "arguments", [["list", "purifierz"], ["report", "--format", "xml"], ["rum"], [], ["run", "--x"]]
+)
 def test_bad_grammar_is_bad_usage(capsys, arguments):
     assert cli.main(arguments) == cli.USAGE
     assert "usage: python -m benchmark" in capsys.readouterr().err
@@ -149,7 +151,7 @@ def test_bad_grammar_is_bad_usage(capsys, arguments):
         (["--purifier", "diffpure:t_star=2"], "t_star must lie in (0, 1], got 2.0"),
         (["--purifier", "diffpure:t_star=often"], "diffpure: t_star takes float, got 'often'"),
         (["--purifier", "diffpure:t_star"], "diffpure takes no argument"),
-        (["--purifier", "diffpure:t_star=0.1,steps"], "expected key=value, got 'steps'"),
+        (["--purifier", "diffpure:t_star=,steps=1"], "expected key=value, got 't_star='"),
         (["--attack", "pgd:5"], "pgd takes no argument"),
         (["--attack", "pgd:steps=0"], "must be positive, got 0"),
         (["--attack", "pgd:steps=1.5"], "pgd: steps takes int, got '1.5'"),
@@ -160,6 +162,15 @@ def test_a_value_out_of_range_is_named_with_what_is_expected(run, tmp_path, caps
     assert run(*arguments) == cli.USAGE
     output = capsys.readouterr()
     assert expected in output.err and output.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--purifier", "identity,difpure"], ["--attack", "pgd:steps=2,pdg"], ["--eps", "1/255", "--eps", "8"]],
+)
+def test_a_slip_in_the_last_cell_shows_before_the_first_runs(run, tmp_path, capsys, arguments):
+    assert run(*arguments) == cli.USAGE
     assert not (tmp_path / "out").exists()
 
 
@@ -175,6 +186,17 @@ def test_more_examples_than_there_are(run, tmp_path, capsys, monkeypatch):
     assert run("--n-examples", "2000", "--data-dir", str(tmp_path)) == cli.USAGE
     message = capsys.readouterr().err
     assert "apt install dataset-fashion-mnist" in message and "--n-examples up to 1000" in message
+
+
+@pytest.mark.skipif(
+    not (data.SYSTEM / "fashion-mnist" / "train-images-idx3-ubyte.gz").exists(), reason="needs the full Fashion-MNIST"
+)
+def test_a_split_is_read_from_the_data_folder(run, tmp_path, monkeypatch):
+    folder = data.SYSTEM / "fashion-mnist"
+    monkeypatch.setattr(data, "SYSTEM", tmp_path / "nowhere")
+    assert run("--dataset", "fashion-mnist:split=validation", "--data-dir", str(folder)) == cli.DONE
+    (done,) = find_runs([tmp_path / "out"])
+    assert [r["id"] for r in done["records"]] == [55_000, 55_001, 55_002, 55_003]
 
 
 # --- weights
@@ -380,8 +402,8 @@ def test_run_prints_the_table_on_stdout_and_the_plan_on_stderr(run, tmp_path, ca
 
 
 def test_a_grid_is_every_combination(run, tmp_path):
-    assert run("--purifier", "diffpure:steps={1,2},vae", "--attack", "pgd:steps=1,apgd:steps=1", "--eps", "1/255",
-               "--eps", "2/255", "--n-examples", "1", "--no-preflight") == cli.DONE  # fmt: skip
+    assert run("--purifier", "vae:temperature={0,1},identity", "--attack", "pgd:steps=1,apgd:steps=1",
+               "--eps", "1/255", "--eps", "2/255", "--n-examples", "1", "--no-preflight") == cli.DONE  # fmt: skip
     runs = find_runs([tmp_path / "out"])
     cells = {(r["names"]["purifier"], r["names"]["attack"], r["identity"]["eps"]) for r in runs}
     assert len(runs) == len(cells) == 3 * 2 * 2

@@ -155,7 +155,7 @@ def test_gaussian_known_answer_by_the_command(tmp_path, monkeypatch, capsys):
 class Coin(OneStage):
     """Writes heads (probability 0.9) or tails into the first pixel, whatever the image.
 
-    Draws are keyed, so two attacks are judged by one tape; the image turns the dial, so that they still see other coins.
+    Draws are keyed, so two attacks are judged by one tape; the image turns a dial, so that they still see other coins.
     """
 
     def clean(self, x: Tensor, noise: Noise) -> Tensor:

@@ -19,7 +19,9 @@ NAMED = [(kind, name) for kind in registry.BASES for name in names(kind)]
 every_component = pytest.mark.parametrize("kind, name", NAMED, ids=lambda v: v)
 
 words = st.from_regex(r"[a-z][a-z_]{0,8}", fullmatch=True).filter(lambda w: w not in ("true", "false", "inf", "nan"))
-names_of_components = st.from_regex(r"[a-z][a-z0-9]{0,5}(-[a-z0-9]{1,4})?", fullmatch=True).filter(lambda w: w != "file")
+names_of_components = st.from_regex(r"[a-z][a-z0-9]{0,5}(-[a-z0-9]{1,4})?", fullmatch=True).filter(
+    lambda w: w != "file"
+)
 scalars = st.one_of(
     st.integers(-(10**9), 10**9),
     st.floats(allow_nan=False, allow_infinity=False),

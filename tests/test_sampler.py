@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from purifiers import Tape
+from purifiers import Fresh, Tape
 from purifiers._denoiser import Denoiser
 from purifiers._sampler import diffuse, eta_rule
 from purifiers._schedule import VP
@@ -20,7 +20,7 @@ VP_1000 = VP()
 COMMON = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "clip_sample": False}
 
 
-class FromGenerator:
+class FromGenerator(Fresh):
     """Noise in the order of the calls, from a generator: what diffusers' DDPM draws if given the same one."""
 
     def __init__(self, seed: int):
@@ -65,9 +65,8 @@ def test_eta_1_is_diffusers_ddpm(steps):
     generator = torch.Generator().manual_seed(0)
     for k, i in enumerate(range(199, -1, -200 // steps)):
         assert round(VP_1000.times(0.2, steps)[k] * 1000) - 1 == i
-        out = scheduler.step(Wavy()(states[k], torch.full((2,), i)), i, states[k], generator=generator)
-        # the last step: diffusers clamps the variance to 1e-20 but adds no noise at index 0; elsewhere it would
-        expected = out.prev_sample if k < steps - 1 else out.pred_original_sample
+        epsilon = Wavy()(states[k], torch.full((2,), i))
+        expected = scheduler.step(epsilon, i, states[k], generator=generator).prev_sample
         assert torch.allclose(states[k + 1], expected, rtol=0, atol=1e-9), k
 
 
@@ -203,4 +202,4 @@ def test_a_fixed_image_reaches_the_posterior_of_the_gaussian_prior(rule, t_star)
     std = S * math.sqrt(c**2 * (1 - a) / v + 1 - c**2)
     out = purify(rule, torch.full((1000, 1, 8, 8), x, dtype=torch.float64), steps, t_star)
     assert float(out.mean()) == pytest.approx(mean, abs=0.03 * (mean - M) + 4 * std / out.numel() ** 0.5)
-    assert float(out.std()) == pytest.approx(std, rel=0.03)
+    assert float(out.std()) == pytest.approx(std, rel=0.05)
