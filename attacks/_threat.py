@@ -131,7 +131,7 @@ def _length(delta: Tensor) -> Tensor:
 
 
 def _direction(delta: Tensor) -> Tensor:
-    """delta / ‖delta‖_2 in the reference's arithmetic: where a loss stands still, its last bits choose the best point."""
+    """delta / ‖delta‖_2 in the reference's arithmetic: where a loss stands still, last bits choose the best point."""
     return delta / (_length(delta) + 1e-12)
 
 

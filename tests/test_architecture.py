@@ -88,8 +88,8 @@ def test_a_component_file_defines_one_component_that_its_name_finds(path):
 
 def test_the_scanners_see_what_they_look_for():
     """Each rule fires on a line that breaks it."""
-    bad = "import os\nfrom benchmark.data import load\ntorch.manual_seed(0)\nprint(x.cuda())\nwith torch.no_grad():\n  x.detach()"
-    node = ast.parse(bad)
+    bad = "import os", "from benchmark.data import load", "torch.manual_seed(0)", "print(x.cuda())"
+    node = ast.parse("\n".join((*bad, "with torch.no_grad():", "  x.detach()")))
     assert {"os", "benchmark.data"} <= imports(node)
     assert {c for c in calls(node) if FORBIDDEN_CALLS.search(c)} == {"torch.manual_seed", "print", "x.cuda"}
     assert {n for n in names(node) if GRADIENT_CUTS.search(n)} == {"torch.no_grad", "x.detach"}

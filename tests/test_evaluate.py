@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from attacks import NORMS
 from benchmark import cli, data, report, stats
-from benchmark.errors import RunError
+from benchmark.errors import RunError, UsageError
 from benchmark.evaluate import Result, evaluate
 from benchmark.results import find_runs
 from classifiers import Classifier
@@ -479,6 +479,10 @@ def test_a_defense_built_by_hand_with_other_options_is_another_run(tmp_path):
 
 
 def test_the_documented_import_gives_the_functions():
-    from benchmark import evaluate, load
+    from benchmark import evaluate as documented
+    from benchmark import load
 
-    assert callable(evaluate) and callable(load)
+    assert isinstance(load("identity", classifier=f"file:{HERE}:TwoLogits"), Defense)
+    x, y = gaussian(4)
+    with pytest.raises(UsageError, match="n asked for 5"):
+        documented(Defense(Identity(), TwoLogits()), data=(x, y), attack="pgd", eps="1/64", n=5)

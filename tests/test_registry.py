@@ -223,7 +223,8 @@ def test_two_files_of_one_name_do_not_disturb_each_other(tmp_path):
         path = tmp_path / folder / "mine.py"
         path.write_text(
             "from __future__ import annotations\nfrom purifiers import Purifier\n"
-            f"Number = {hint}\nclass Mine(Purifier):\n    def __init__(self, *, k: Number = {hint}(1)): super().__init__()\n"
+            f"Number = {hint}\nclass Mine(Purifier):\n"
+            "    def __init__(self, *, k: Number = Number(1)): super().__init__()\n"
         )
         loaded.append(load("purifiers", "file", f"{path}:Mine"))
     kinds = [type(resolve(component, parse("file:x.py:Mine,k=2"))["k"]) for component in loaded]

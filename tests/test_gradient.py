@@ -1,0 +1,211 @@
+"""What the attacker differentiates: the exact chain, whatever is stored or recomputed, over draws and in any batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attacks import LOSSES, VIEWS, Victim
+from attacks._gradient import blocks, ce, dlr, margin
+from attacks._views import Exact, affordable, blind, bpda, stages
+from benchmark.preflight import finite_difference_error
+from purifiers import Defense, Tape
+from tests.conftest import CASES, classifier, images
+
+every_purifier = pytest.mark.parametrize("case", CASES)
+B = 3
+X, Y = images(B), torch.arange(B)
+
+
+def tape(n: int = B) -> Tape:
+    return Tape(0, "attack", torch.arange(n))
+
+
+def gradient(function, x: torch.Tensor = X) -> torch.Tensor:
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(function(x).sum(), x)[0]
+
+
+@every_purifier
+def test_the_recomputed_gradient_is_the_plain_one_bit_for_bit(case, make):
+    defense = Defense(make(case), classifier())
+    plain = gradient(lambda x: ce(defense(x, tape()), Y))
+    assert plain.isfinite().all() and (plain.flatten(1).norm(dim=1) > 0).all()
+    for keep in (0, 1, None):
+        view = Exact(keep=keep)
+        assert torch.equal(gradient(lambda x, view=view: ce(defense(x, tape(), view), Y)), plain), keep
+        assert torch.equal(defense(X, tape(), view), defense(X, tape()))
+
+
+@every_purifier
+def test_the_gradient_is_that_of_finite_differences(case, make):
+    defense = Defense(make(case), classifier())
+    for keep in (0, None):
+        error = finite_difference_error(lambda d, z, keep=keep: ce(d(z, tape(), Exact(keep)), Y), defense, X)
+        assert error < 1e-5, keep
+
+
+def test_finite_differences_see_a_gradient_that_was_cut():
+    class Cut(torch.nn.Module):
+        def forward(self, x):
+            return (x.flatten(1) ** 2 + 0.2 * (x.flatten(1) ** 2).detach())[:, :10]
+
+    assert finite_difference_error(lambda d, z: ce(d(z), Y), Cut(), X) > 0.1
+
+
+def test_recomputing_stores_less(make):
+    """Kept graphs hold every activation; recomputed stages only their inputs."""
+    purifier = make(("diffpure", {}))
+
+    def stored(view) -> int:
+        size = 0
+
+        def note(tensor):
+            nonlocal size
+            size += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            view(purifier, X.clone().requires_grad_(), tape())
+        return size
+
+    assert stored(Exact(keep=0)) < 0.05 * stored(Exact(keep=None))
+    assert stored(Exact(keep=0)) < stored(Exact(keep=2)) < stored(Exact(keep=None))
+
+
+@every_purifier
+def test_affordable_stages_follow_the_budget(case, make):
+    purifier = make(case).requires_grad_(False)
+
+    def keep(budget: int) -> int | None:
+        return affordable(purifier, X[:1], tape(1), 32, budget)
+
+    assert keep(1 << 40) is None
+    if keep(0) is None:  # nothing is stored at all
+        assert case[0] == "identity"
+        return
+    budgets = [keep(1 << bits) for bits in range(8, 40, 4)]
+    measured = [k for k in budgets if k is not None]
+    assert keep(0) == 0 and measured == sorted(measured) and measured[-1] < stages(purifier)
+    assert budgets[len(measured) :] == [None] * (len(budgets) - len(measured))
+
+
+@every_purifier
+def test_bpda_is_exact_forward_and_identity_backward(case, make):
+    purifier, f = make(case), classifier()
+    purified = purifier(X, tape()).detach()
+    assert torch.allclose(bpda(purifier, X, tape()), purified, rtol=0, atol=1e-15)
+    defense = Defense(purifier, f)
+    expected = gradient(lambda z: ce(f(z), Y), purified)
+    assert torch.allclose(gradient(lambda x: ce(defense(x, tape(), bpda), Y)), expected, rtol=0, atol=1e-12)
+
+
+@every_purifier
+def test_blind_sees_the_classifier_alone(case, make):
+    f = classifier()
+    defense = Defense(make(case), f)
+    assert torch.equal(defense(X, tape(), blind), f(X))
+    assert torch.equal(gradient(lambda x: ce(defense(x, tape(), blind), Y)), gradient(lambda x: ce(f(x), Y)))
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_every_view_by_name_gives_a_gradient(name, make):
+    defense = Defense(make(("diffpure", {})), classifier())
+    for keep in (None, 1):
+        g = gradient(lambda x, keep=keep: ce(defense(x, tape(), VIEWS[name](keep=keep)), Y))
+        assert g.isfinite().all() and g.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_foreign_module_can_stand_for_a_purifier(name):
+    f = classifier()
+    defense = Defense(torch.nn.Identity(), f)
+    assert torch.equal(gradient(lambda x: ce(defense(x, tape(), VIEWS[name]()), Y)), gradient(lambda x: ce(f(x), Y)))
+
+
+@every_purifier
+@pytest.mark.parametrize("eot", [1, 3])
+def test_eot_is_the_mean_over_separate_draws(case, eot, make):
+    defense = Defense(make(case), classifier())
+    victim = Victim(defense, Exact(), tape(), rows=32, stochastic=True)
+    found = victim.evaluate(X, Y, ce, "it", 4, eot=eot)
+    losses, corrects, gradients = [], [], []
+    for draw in range(eot):
+        one = tape().fold("it", 4).draws(eot)[draw::eot]
+        logits = defense(X, one)
+        losses.append(ce(logits, Y))
+        corrects.append((logits.argmax(1) == Y).double())
+        gradients.append(gradient(lambda x, one=one: ce(defense(x, one), Y)))
+    for got, parts in zip(found, (losses, corrects, gradients), strict=True):
+        assert torch.allclose(got, torch.stack(parts).mean(0), rtol=0, atol=1e-12)
+    assert (victim.forwards, victim.backwards) == (eot, eot)
+
+
+@every_purifier
+def test_neither_rows_nor_neighbours_change_a_gradient(case, make):
+    """Calls of 32 or 64 rows, padded or cut, whole batch or one image: the same numbers for an image."""
+    defense = Defense(make(case), classifier())
+
+    def evaluate(rows: int, images_of: slice):
+        index = torch.arange(40)[images_of]
+        victim = Victim(defense, Exact(), Tape(0, "attack", index), rows=rows, stochastic=True)
+        return victim.evaluate(images(40)[images_of], index % 10, ce, 0, eot=2)
+
+    whole = evaluate(32, slice(0, 40))
+    for rows, part in ((64, slice(0, 40)), (32, slice(0, 7)), (64, slice(33, 40)), (32, slice(39, 40))):
+        for got, expected in zip(evaluate(rows, part), whole, strict=True):
+            assert torch.allclose(got, expected[part], rtol=0, atol=1e-12)
+
+
+def test_blocks_have_one_size_and_cover_every_row_once():
+    for draws in (1, 3):
+        pieces = list(blocks(32, X.expand(-1, -1, -1, -1)[:3], Y, tape(), draws))
+        rows = torch.cat([x[:count] for x, _, _, count in pieces])
+        assert torch.equal(rows, X.repeat_interleave(draws, 0))
+        assert all(len(x) == len(y) == len(noise) == 32 for x, y, noise, _ in pieces)
+        ids = torch.cat([noise.ids[:count] for _, _, noise, count in pieces])
+        assert torch.equal(ids, Y.repeat_interleave(draws))
+    sizes = [count for *_, count in blocks(32, images(70), torch.zeros(70, dtype=torch.long), None)]
+    assert sizes == [32, 32, 6]
+
+
+def test_the_attack_leaves_the_defense_as_it_was(make):
+    defense = Defense(make(("diffpure", {})), classifier())
+    before = {k: v.clone() for k, v in defense.state_dict().items()}
+    Victim(defense, Exact(0), tape(), rows=32, stochastic=True).evaluate(X, Y, ce, 0, eot=2)
+    assert all(torch.equal(v, before[k]) for k, v in defense.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in defense.parameters())
+    assert not any(module.training for module in defense.modules())
+
+
+LOGITS = torch.tensor([[3.0, 1.0, 0.0], [1.0, 2.0, 5.0]], dtype=torch.float64)
+LABELS = torch.tensor([0, 1])
+
+
+def test_losses_by_hand():
+    assert ce(LOGITS, LABELS).tolist() == pytest.approx([0.16984602, 3.06588400], abs=1e-7)
+    assert margin(LOGITS, LABELS).tolist() == [-2.0, 3.0]
+    assert dlr(LOGITS, LABELS).tolist() == pytest.approx([-2 / 3, 3 / 4])
+    assert torch.allclose(dlr(7 * LOGITS + 2, LABELS), dlr(LOGITS, LABELS))
+    with pytest.raises(ValueError, match="at least 3 classes, got 2"):
+        dlr(LOGITS[:, :2], LABELS)
+
+
+@pytest.mark.parametrize("name", ["dlr", "margin"])
+def test_margin_losses_are_positive_where_wrong(name):
+    logits = images(200, (1, 1, 10))[:, 0, 0]
+    labels = torch.arange(200) % 10
+    assert torch.equal(LOSSES[name](logits, labels) > 0, logits.argmax(1) != labels)
+
+
+def test_a_row_that_is_not_finite_counts_as_wrong():
+    class Broken(torch.nn.Module):
+        def forward(self, x):
+            out = x.flatten(1)[:, :10].clone()
+            return torch.where(x.flatten(1)[:, :1] > 0.5, out / 0, out)
+
+    x = X.clone()
+    x[:, 0, 0, 0] = torch.tensor([0.9, 0.1, 0.1])
+    labels = x.flatten(1)[:, :10].argmax(1)
+    victim = Victim(Defense(torch.nn.Identity(), Broken()), Exact(), tape(), rows=32, stochastic=False)
+    assert victim.evaluate(x, labels, ce, 0, eot=1).correct.tolist() == [0.0, 1.0, 1.0]

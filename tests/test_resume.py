@@ -1,0 +1,247 @@
+"""Recovery: a run that was stopped, killed or torn ends in the bytes of one that wasn't."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import benchmark.evaluate as evaluation
+from benchmark import report, results
+from benchmark.errors import RunError, UsageError
+from benchmark.evaluate import Incomplete, evaluate
+from classifiers.resnet import ResNet
+from purifiers import Defense, Tape
+from purifiers.diffpure import DiffPure
+from tests.test_evaluate import Linear, TwoLogits, gaussian
+
+ROOT = Path(__file__).resolve().parents[1]
+NATIVE = ["pgd:steps=4,eot=2", "autoattack:steps=3,eot=2", "pgd:steps=2,eot=2,restarts=2"]
+
+
+@pytest.fixture(scope="module")
+def defense() -> Defense:
+    """Untrained tiny DiffPure and ResNet on 8×8 images; stochastic, and of real layers."""
+    torch.manual_seed(0)
+    classifier = ResNet(*ResNet.parts((1, 8, 8)).values())
+    with torch.no_grad():
+        classifier.net[-1].weight.mul_(30)
+    return Defense(DiffPure(*DiffPure.parts((1, 8, 8)).values(), t_star=0.3, steps=2, rule="eta"), classifier)
+
+
+@pytest.fixture(scope="module")
+def images(defense) -> tuple[Tensor, Tensor]:
+    x = torch.rand(48, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return x, defense(x, Tape(9, "labels", torch.arange(48))).argmax(1)
+
+
+@pytest.fixture
+def run(tmp_path, defense, images):
+    """Evaluate into a folder of that name below the test's own."""
+
+    def call(name: str, attack: str = NATIVE[0], n: int = 8, **settings) -> Path:
+        settings = {"eps": "32/255", "draws": 3, "quiet": True} | settings
+        return evaluate(defense, images, attack, n=n, out=tmp_path / name, **settings).folder
+
+    return call
+
+
+def outcome(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in ("records.jsonl", "adversarial.npy")}
+
+
+def folder_of(root: Path) -> Path:
+    (path,) = root.rglob("run.json")
+    return path.parent
+
+
+# --- stopped
+
+
+@pytest.mark.parametrize("attack", NATIVE)
+def test_stopped_in_every_iteration_and_continued_changes_no_byte(tmp_path, run, attack):
+    stops = 0
+    while True:
+        try:
+            folder = run("stopped", attack, stop_after=0)
+            break
+        except Incomplete:
+            stops += 1
+            assert stops < 50, "no progress between stops"
+            saved = torch.load(folder_of(tmp_path / "stopped") / "state.pt", weights_only=True)
+            assert int(saved["done"]) == stops
+    assert stops == {NATIVE[0]: 4, NATIVE[1]: 6, NATIVE[2]: 4}[attack], "one iteration was done between two stops"
+    assert not (folder / "state.pt").exists()
+    assert outcome(folder) == outcome(run("at once", attack))
+
+
+def test_stopped_between_blocks_and_continued_changes_no_byte(tmp_path, run):
+    with pytest.raises(Incomplete):
+        run("stopped", n=40, stop_after=0)
+    seen = 0
+    while True:
+        try:
+            folder = run("stopped", n=40, stop_after=0)
+            break
+        except Incomplete:
+            seen = max(seen, len(results.find_runs([tmp_path / "stopped"])[0]["records"]))
+    assert seen == 32, "a stop inside the second block leaves the first recorded"
+    assert outcome(folder) == outcome(run("at once", n=40))
+
+
+@pytest.mark.parametrize(("first", "then"), [(8, 16), (16, 8)])
+def test_stopped_and_continued_with_another_n_changes_no_byte(run, first, then):
+    with pytest.raises(Incomplete):
+        run("stopped", n=first, stop_after=0)
+    assert outcome(run("stopped", n=then))["records.jsonl"] == outcome(run("at once", n=then))["records.jsonl"]
+
+
+def test_a_state_is_saved_at_its_interval(tmp_path, run, monkeypatch):
+    """Without any stop: what a kill would leave behind."""
+    saved = []
+    keep = results.Run.save_state
+    monkeypatch.setattr(results.Run, "save_state", lambda self, *a: (saved.append(a[0]), keep(self, *a))[1])
+    run("never")
+    assert saved == []
+    monkeypatch.setattr(evaluation, "SAVE_EVERY", 0.0)
+    run("always")
+    assert saved == [0] * 4
+
+
+# --- torn, and full
+
+
+def test_a_torn_last_line_is_dropped_and_its_image_done_again(run):
+    whole = run("at once", n=40)
+    torn = run("torn", n=40)
+    journal = torn / "journal.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:35]) + lines[35][:20])
+    (torn / "records.jsonl").unlink()
+
+    (unfinished,) = results.find_runs([torn])
+    assert len(unfinished["records"]) == 35 and not unfinished["complete"], "what is recorded stays readable"
+    assert outcome(run("torn", n=40)) == outcome(whole)
+    assert sorted(journal.read_text().splitlines()) == sorted(line.rstrip("\n") for line in lines)
+
+
+def test_the_room_for_images_is_taken_before_the_first(tmp_path, run):
+    """A sparse file would be filled through a memory map, and a full disk would then kill the process by SIGBUS."""
+    for n in (8, 40):
+        with pytest.raises(Incomplete):
+            run("stopped", n=n, stop_after=0)
+        stat = (folder_of(tmp_path / "stopped") / "adversarial.npy").stat()
+        assert stat.st_size >= n * 64 * 4 and stat.st_blocks * 512 >= stat.st_size
+
+
+def test_a_full_disk_is_an_error_and_what_is_recorded_stays_readable(tmp_path, run, monkeypatch):
+    calls = 0
+
+    def full(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:  # run.json, then a block's journal each
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(results.os, "fsync", full)
+        with pytest.raises(RunError, match=r"No space left on device[\s\S]*what is recorded stays readable"):
+            run("full", n=40)
+    (unfinished,) = results.find_runs([tmp_path / "full"])
+    assert len(unfinished["records"]) >= 32 and not unfinished["complete"]
+    assert outcome(run("full", n=40)) == outcome(run("at once", n=40))
+
+
+# --- another environment
+
+
+def test_another_environment_is_refused_unless_mixed(tmp_path, run):
+    with pytest.raises(Incomplete):
+        run("mixed", n=40, stop_after=0)
+    while not results.find_runs([tmp_path / "mixed"])[0]["records"]:
+        with pytest.raises(Incomplete):
+            run("mixed", n=40, stop_after=0)
+    folder = folder_of(tmp_path / "mixed")
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    with pytest.raises(UsageError, match=r"begun in another environment \(rows: 64 → 32\)[\s\S]*--mixed-environment"):
+        run("mixed", n=40, rows=32)
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+
+    run("mixed", n=40, rows=32, mixed_environment=True)
+    (done,) = results.find_runs([folder])
+    assert done["mixed_environment"] and done["complete"]
+    assert "[mixed environment]" in report.render(report.rows([done]), "md")
+
+
+def test_an_attack_under_way_belongs_to_its_environment_too(tmp_path, run):
+    """Before the first record there is a state; continuing it elsewhere mixes environments just as well."""
+    with pytest.raises(Incomplete):
+        run("mixed", stop_after=0)
+    with pytest.raises(UsageError, match="begun in another environment"):
+        run("mixed", rows=32)
+
+
+def test_another_commit_alone_is_the_same_environment(tmp_path, run):
+    with pytest.raises(Incomplete):
+        run("stopped", stop_after=0)
+    path = folder_of(tmp_path / "stopped") / "run.json"
+    settings = json.loads(path.read_text())
+    settings["environment"]["commit"] = "0123456789ab"
+    path.write_text(json.dumps(settings))
+    run("stopped")
+
+
+# --- killed
+
+KILLED = """
+import sys
+import benchmark.evaluate as evaluation
+from purifiers import Defense
+from tests.test_evaluate import Linear, TwoLogits, gaussian
+
+evaluation.SAVE_EVERY = 0.0
+evaluation.evaluate(Defense(Linear(), TwoLogits()), gaussian(64), "pgd:steps=400,eot=4", eps="1/64", n=64,
+                    out=sys.argv[1], quiet=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_in_mid_attack_and_run_again_changes_no_byte(tmp_path):
+    """A real SIGKILL, in the second block, at an iteration that nothing chose."""
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "killed")], cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if list(tmp_path.rglob("journal.jsonl")) and list(tmp_path.rglob("state.pt")):
+            try:
+                state = torch.load(next(tmp_path.rglob("state.pt")), weights_only=True)
+            except (EOFError, FileNotFoundError):
+                continue
+            if int(state["first"]) == 32 and int(state["done"]) > 20:
+                break
+        time.sleep(0.02)
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(30) == -signal.SIGKILL
+
+    (unfinished,) = results.find_runs([tmp_path / "killed"])
+    assert [r["id"] for r in unfinished["records"]] == list(range(32))
+    done = int(torch.load(unfinished["folder"] / "state.pt", weights_only=True)["done"])
+    assert 20 < done < 400
+
+    settings = {"attack": "pgd:steps=400,eot=4", "eps": "1/64", "n": 64, "quiet": True}
+    resumed, at_once = (
+        evaluate(Defense(Linear(), TwoLogits()), gaussian(64), out=tmp_path / name, **settings)
+        for name in ("killed", "at once")
+    )
+    assert resumed.folder == unfinished["folder"], "the run must be found again from another process"
+    assert outcome(resumed.folder) == outcome(at_once.folder)

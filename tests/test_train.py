@@ -1,0 +1,168 @@
+"""Training: every recipe writes a card that builds, overwrites nothing, and survives being stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmark import checkpoints, cli, data, registry
+from benchmark import train as training
+from benchmark.errors import UsageError
+from benchmark.train import recipes, train
+from purifiers import Batch, Defense, Tape
+
+DATASET = "fashion-mnist"
+NAMES = sorted(recipes(DATASET))
+needs_full = pytest.mark.skipif(
+    not (data.SYSTEM / DATASET / "train-images-idx3-ubyte.gz").exists(),
+    reason=f"training needs the full Fashion-MNIST in {data.SYSTEM / DATASET}",
+)
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.safetensors")}
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch) -> None:
+    """The recipes with tiny networks and small batches, for what doesn't depend on size."""
+    text = training.RECIPES.read_text().replace('size = "small"', 'size = "tiny"')
+    (tmp_path / "recipes.toml").write_text(text.replace("batch_size = 128", "batch_size = 32"))
+    monkeypatch.setattr(training, "RECIPES", tmp_path / "recipes.toml")
+    assert {(r.size, r.batch_size) for r in recipes(DATASET).values()} == {("tiny", 32)}
+
+
+def test_there_is_a_recipe_for_all_that_ships_with_weights():
+    assert {"resnet", "resnet-at", "vae", "diffpure"} <= set(NAMES)
+    trained = [n for kind in ("purifiers", "classifiers") for n in registry.names(kind)
+               if registry.load(kind, n).parts((1, 28, 28), "tiny")]  # fmt: skip
+    assert set(trained) <= set(NAMES), "a component with networks needs a recipe, or nobody can make its weights"
+
+
+@needs_full
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_writes_a_card_that_builds(tmp_path, name):
+    recipe = recipes(DATASET)[name]
+    folder = train(name, DATASET, tmp_path, epochs=1, limit=256)
+    assert folder == tmp_path / DATASET / name
+    assert not (folder / "state.pt").exists()
+
+    card = json.loads((folder / "card.json").read_text())
+    assert (card["kind"], card["component"], card["size"]) == (recipe.kind, recipe.component, recipe.size)
+    assert card["recipe"]["epochs"] == 1 and card["data"]["training_images"] == 256
+    assert card["data"]["sha256"] == data.FASHION_SHA256["train"]
+    assert card["files"] and all(
+        checkpoints.sha256(folder / entry["file"]) == entry["sha256"] for entry in card["files"].values()
+    )
+    assert {split: facts["n"] for split, facts in card["measured"].items()} == {"validation": 256, "test": 256}
+
+    built = checkpoints.build(recipe.kind, name, DATASET, (1, 28, 28), [tmp_path])
+    assert built.weights == {part: entry["sha256"] for part, entry in card["files"].items()}
+    assert built.spec.options.items() >= recipe.options.items()
+    assert sum(p.numel() for p in built.module.parameters()) == card["parameters"]
+    assert not built.module.training and not any(p.requires_grad for p in built.module.parameters())
+
+    # what the card says of the weights is true of what was built from them
+    images = data.load(f"{DATASET}:split=validation").first(250)
+    batch, tape = Batch(images.images(slice(None)), images.labels), Tape(recipe.seed, "measure", images.ids)
+    with torch.no_grad():
+        losses = built.module.objectives(batch, tape, **recipe.objective)
+    for key, loss in losses.items():
+        # the card's is over 256 images
+        assert float(loss) == pytest.approx(card["measured"]["validation"][f"objective of {key}"], rel=0.05)
+
+
+@needs_full
+@pytest.mark.parametrize("name", ["resnet-at", "vae"])
+def test_stopped_and_continued_gives_the_weights_of_a_training_that_was_not(tmp_path, tiny, monkeypatch, name):
+    whole = train(name, DATASET, tmp_path / "whole", epochs=2, limit=64)
+
+    class Stop(Exception):
+        pass
+
+    batch_of, asked = training._batch, []
+
+    def stopping(images, recipe, step, *rest):
+        asked.append(step)
+        if stop_at is not None and len(asked) > 1 and step == stop_at:
+            raise Stop
+        return batch_of(images, recipe, step, *rest)
+
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(training, "_batch", stopping)
+    for stop_at in (1, 3, None):  # in the first epoch, in the second, to the end
+        asked.clear()
+        if stop_at is None:
+            resumed = train(name, DATASET, tmp_path / "stopped", epochs=2, limit=64)
+        else:
+            with pytest.raises(Stop):
+                train(name, DATASET, tmp_path / "stopped", epochs=2, limit=64)
+    assert asked == [0, 3], "after the probe, the last training must begin where the one before it was stopped"
+    assert weights(resumed) == weights(whole)
+    assert (resumed / "card.json").read_text() == (whole / "card.json").read_text()
+
+
+@needs_full
+def test_a_state_of_another_length_is_refused(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(training, "measure", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        train("vae", DATASET, tmp_path, epochs=1, limit=32)
+    with pytest.raises(UsageError, match="is of a training of 1 steps, not 2"):
+        train("vae", DATASET, tmp_path, epochs=2, limit=32)
+
+
+@needs_full
+def test_training_moves_the_objective_down(tmp_path, tiny):
+    recipe = recipes(DATASET)["vae"]
+    folder = train("vae", DATASET, tmp_path, epochs=10, limit=256)
+    (after,) = (v for k, v in json.loads((folder / "card.json").read_text())["measured"]["test"].items() if k != "n")
+    component = registry.load(recipe.kind, recipe.component)
+    torch.manual_seed(recipe.seed)
+    fresh = component(*component.parts((1, 28, 28), recipe.size).values(), **recipe.options)
+    (before,) = (v for k, v in training.measure(fresh, recipe, DATASET, limit=256)["test"].items() if k != "n")
+    assert after < 0.8 * before
+
+
+def test_finished_weights_are_never_overwritten(tmp_path, capsys):
+    card = tmp_path / DATASET / "vae" / "card.json"
+    card.parent.mkdir(parents=True)
+    card.write_text("precious")
+    assert cli.main(["train", "vae", "--dataset", DATASET, "--out", str(tmp_path)]) == cli.USAGE
+    message = capsys.readouterr().err
+    assert str(card) in message and "choose another --out or delete the folder" in message
+    assert [p.read_text() for p in tmp_path.rglob("*") if p.is_file()] == ["precious"]
+
+
+def test_an_unknown_recipe_gives_the_nearest_and_the_whole_list(tmp_path, capsys):
+    assert cli.main(["train", "resnet-att", "--out", str(tmp_path)]) == cli.USAGE
+    message = capsys.readouterr().err
+    assert "did you mean resnet-at" in message and all(name in message for name in NAMES)
+
+
+def test_training_without_the_data_says_how_to_get_it(tmp_path, capsys, monkeypatch):
+    import torchvision
+
+    def unreachable(*arguments, **keywords):
+        raise RuntimeError("no network")
+
+    monkeypatch.setattr(data, "SYSTEM", tmp_path / "system")
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", unreachable)
+    assert cli.main(["train", "vae", "--out", str(tmp_path), "--data-dir", str(tmp_path)]) == cli.USAGE
+    assert "apt install dataset-fashion-mnist" in capsys.readouterr().err
+
+
+@needs_full
+def test_trained_weights_defend(tmp_path, tiny):
+    """A card of ``train`` is all that ``--weights`` needs."""
+    from benchmark.evaluate import load
+
+    for name in ("vae", "resnet"):
+        train(name, DATASET, tmp_path, epochs=1, limit=64)
+    defense = load("vae", "resnet", DATASET, weights=str(tmp_path))
+    assert isinstance(defense, Defense)
+    x = data.load(DATASET).images(slice(0, 4))
+    assert defense(x, Tape(0, "verdict", torch.arange(4))).shape == (4, 10)
