@@ -1,11 +1,61 @@
-"""The benchmark: all input and output, all policy. In Python: ``from benchmark import evaluate, load``."""
+"""The benchmark: all input and output, all policy. ``load`` a defense, ``evaluate`` it."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from benchmark.cell import Result
+    from purifiers import Defense
+
+__all__ = ["evaluate", "load"]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "load":
-        from benchmark.evaluate import load  # heavy: ``--help`` must not wait for torch
+def load(
+    purifier: str,
+    classifier: str = "resnet",
+    dataset: str = "fashion-mnist",
+    *,
+    copies: int = 1,
+    combine: str = "logits",
+    weights: str | None = None,
+) -> Defense:
+    """A defense by name, with the weights that its cards name: an ``nn.Module``, images in [0, 1] → logits.
 
-        return load
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    Args:
+        purifier: a spec, e.g. "diffpure:t_star=0.1" or "file:mine.py:Mine".
+        classifier: a spec.
+        dataset: whose weights.
+        copies: purified copies per image.
+        combine: what is averaged over them: "logits", "probabilities" or "vote".
+        weights: a folder with further cards.
+
+    Raises:
+        UsageError: for unknown names or options, or weights that are missing or altered.
+    """
+    from benchmark import defenses  # heavy: torch
+
+    return defenses.load(purifier, classifier, dataset, copies=copies, combine=combine, weights=weights)
+
+
+def evaluate(
+    defense: Defense, data: str | tuple[Tensor, Tensor] = "fashion-mnist", attack: str = "autoattack", **settings: Any
+) -> Result:
+    """Attack ``defense`` and return its rows and records; what is on disk already is not computed again.
+
+    Args:
+        defense: from ``load``, or ``purifiers.Defense(purifier, classifier)`` of any modules.
+        data: a data set's name, or (images in [0, 1] of shape (N, C, H, W), labels of shape (N,)).
+        attack: a spec, e.g. "pgd:steps=50".
+        **settings: the fields of ``benchmark.cell.Settings``: norm, eps, n, budget, view, seed, out, and so on.
+
+    Raises:
+        UsageError: for settings that can't be met.
+        RunError: if the defense fails a check, the attack leaves its threat model, or the disk fails.
+        Incomplete: if ``stop_after`` seconds passed.
+    """
+    from benchmark.cell import Cell, Settings  # heavy: torch
+
+    return Cell(defense, data, attack, Settings(**settings)).result()

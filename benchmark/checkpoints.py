@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -109,7 +109,7 @@ def save(folder: Path, parts: dict[str, nn.Module]) -> dict[str, dict[str, str]]
     for name, net in parts.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         if hasattr(net, "save_pretrained"):
-            net.save_pretrained(folder / name)
+            cast(Any, net).save_pretrained(folder / name)
         else:
             save_file({k: v.contiguous() for k, v in net.state_dict().items()}, folder / name / "model.safetensors")
         (file,) = (folder / name).glob("*.safetensors")
@@ -117,9 +117,7 @@ def save(folder: Path, parts: dict[str, nn.Module]) -> dict[str, dict[str, str]]
     return files
 
 
-def _load_part(
-    folder: Path, name: str, entry: dict[str, str], fresh: nn.Module
-) -> tuple[nn.Module, str]:
+def _load_part(folder: Path, name: str, entry: dict[str, str], fresh: nn.Module) -> tuple[nn.Module, str]:
     file = folder / entry["file"]
     found = sha256(file) if file.is_file() else "no such file"
     if found != entry["sha256"]:

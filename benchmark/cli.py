@@ -6,6 +6,7 @@ import argparse
 import json
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,8 @@ def _what(sub: argparse.ArgumentParser) -> None:
 
 def _cells(arguments: argparse.Namespace) -> Any:
     """The cells of a command line."""
-    from benchmark.evaluate import Settings, grid
+    from benchmark.cell import Settings
+    from benchmark.defenses import grid
 
     settings = Settings(
         budget=arguments.budget, n=arguments.n_examples, norm=arguments.norm, view=arguments.view,
@@ -147,14 +149,16 @@ def _cells(arguments: argparse.Namespace) -> Any:
 
 def _run(arguments: argparse.Namespace) -> int:
     from benchmark import report
-    from benchmark.evaluate import Incomplete
+    from benchmark.cell import Incomplete
     from benchmark.results import read_run
 
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     for _ in _cells(arguments):  # a slip in the last spec shows now, not after the hours that the first cells take
         pass
-    folders = []
+    folders, began = [], time.monotonic()
     for cell in _cells(arguments):
+        if arguments.stop_after is not None:
+            cell.settings.stop_after = arguments.stop_after - (time.monotonic() - began)
         print(f"{cell}\n{cell.plan}", file=sys.stderr, flush=True)
         try:
             folders.append(cell.run())

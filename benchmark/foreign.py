@@ -11,7 +11,7 @@ from purifiers import Noise, Purifier, Tape
 class Foreign(Purifier):
     """A module run in a fork of torch's generator, seeded from the tape.
 
-    A call repeats exactly, but an image's noise depends on its place in the batch: records are marked ``noise: global``,
+    A call repeats exactly, but an image's noise depends on its place in the batch: runs are marked ``noise: global``,
     and batching may change them. Whether it is random at all is measured.
 
     Args:

@@ -62,7 +62,18 @@ def compact(runs: Iterable[dict[str, Any]]) -> str:
     runs = [r for r in runs if r["records"]]
     used = {run["names"]["attack"].split(":")[0] for run in runs}
     attacks = [a for a in HEADLINE if a in used] + sorted(used - set(HEADLINE))
-    head = ["purifier", "classifier", "norm", "eps", "n", "draws", "clean %", *attacks, "worst case %", "random noise %"]
+    head = [
+        "purifier",
+        "classifier",
+        "norm",
+        "eps",
+        "n",
+        "draws",
+        "clean %",
+        *attacks,
+        "worst case %",
+        "random noise %",
+    ]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     displays: dict[str, list[str]] = {}
     for group in sorted(_groups(runs).values(), key=_order):
@@ -70,7 +81,14 @@ def compact(runs: Iterable[dict[str, Any]]) -> str:
         worst = _worst_row(group) if len(group) > 1 else next(iter(by_attack.values()))
         for attack, row in by_attack.items():
             displays.setdefault(attack, []).append(row["display"])
-        cells = [worst["purifier"], worst["classifier"], worst["norm"], worst["eps"], str(worst["n"]), str(worst["draws"])]
+        cells = [
+            worst["purifier"],
+            worst["classifier"],
+            worst["norm"],
+            worst["eps"],
+            str(worst["n"]),
+            str(worst["draws"]),
+        ]
         cells += [_with_interval(worst, "clean")]
         cells += [_percent(by_attack[a]["robust"]) if a in by_attack else "–" for a in attacks]
         cells += [_with_interval(worst, "robust"), _percent(worst["random_control"])]
@@ -102,6 +120,7 @@ def _row(run: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
     broken = np.array([r["broken_at"] for r in records]) >= 0
     watched = run["stochastic"] and names["attack"] != WORST  # only then does the any-iteration rule say anything
     notes = [] if run.get("preflight", True) else ["no preflight"]
+    notes += ["noise: global"] if run["stochastic"] and run.get("noise") == "global" else []
     notes += ["mixed environment"] if run.get("mixed_environment") else []
     notes += [] if run.get("complete", True) else [f"incomplete: {len(records)} of {run['n']}"]
     return {

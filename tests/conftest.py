@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 torch.set_num_threads(1)
+settings.register_profile("steady", deadline=None, derandomize=True)  # a busy machine fails nothing, a rerun repeats
+settings.load_profile("steady")
 # before the first import of purifiers; the tower: an int will do for a float
 install_import_hook("purifiers", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 

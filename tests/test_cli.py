@@ -16,7 +16,12 @@ from benchmark.report import COLUMNS
 from benchmark.results import find_runs
 
 ROOT = Path(__file__).resolve().parents[1]
-NETWORKS = {"diffpure": ("purifiers", "diffpure"), "vae": ("purifiers", "vae"), "resnet": ("classifiers", "resnet")}
+NETWORKS = {
+    "diffpure": ("purifiers", "diffpure"),
+    "vae": ("purifiers", "vae"),
+    "resnet": ("classifiers", "resnet"),
+    "resnet-at": ("classifiers", "resnet"),
+}
 
 
 def tiny_cards(root: Path, shape: tuple[int, int, int] = (1, 28, 28)) -> Path:

@@ -15,9 +15,9 @@ from scipy.stats import binom, norm
 from torch import Tensor, nn
 
 from attacks import NORMS
-from benchmark import cli, data, report, stats
+from benchmark import cli, data, evaluate, report, stats
+from benchmark.cell import Result
 from benchmark.errors import RunError, UsageError
-from benchmark.evaluate import Result, evaluate
 from benchmark.results import find_runs
 from classifiers import Classifier
 from classifiers.resnet import ResNet

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import benchmark.evaluate as evaluation
-from benchmark import report, results
+import benchmark.cell as evaluation
+from benchmark import evaluate, report, results
+from benchmark.cell import Incomplete
 from benchmark.errors import RunError, UsageError
-from benchmark.evaluate import Incomplete, evaluate
 from classifiers.resnet import ResNet
 from purifiers import Defense, Tape
 from purifiers.diffpure import DiffPure
@@ -205,7 +205,7 @@ def test_another_commit_alone_is_the_same_environment(tmp_path, run):
 
 KILLED = """
 import sys
-import benchmark.evaluate as evaluation
+import benchmark.cell as evaluation
 from purifiers import Defense
 from tests.test_evaluate import Linear, TwoLogits, gaussian
 

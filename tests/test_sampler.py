@@ -93,6 +93,12 @@ def test_times_are_strictly_decreasing_exact_indices(t, share):
     assert times == [(i + 1) / 1000 for i in indices]
 
 
+@given(k=st.integers(1, 1000), error=st.floats(-1e-9, 1e-9))
+def test_the_index_of_a_time_bears_rounding(k, error):
+    """0.3 and 0.1 + 0.2 are one index: truncation would repeat and skip some."""
+    assert VP_1000.index(k / 1000 + error) == k - 1
+
+
 def test_all_steps_visit_every_index_once():
     assert [VP_1000.index(t) for t in VP_1000.times(0.15, 150)] == list(range(149, -1, -1))
 

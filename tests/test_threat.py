@@ -46,9 +46,30 @@ def test_every_norm_has_radii_here():
     assert set(RADII) == set(NORMS)
 
 
+@pytest.mark.parametrize("base", [Linf, L2])
+@pytest.mark.parametrize("tiny", [1e-9, 1e-12, 1e-30, 0.0])
+def test_enforcement_takes_few_moves_beside_tiny_pixels(base, tiny):
+    """An ulp of a pixel near 0 is no step at all: counted in those, enforcement once took minutes."""
+
+    class Counted(base):
+        moves = 0
+
+        def _shrink(self, x_adv, x):
+            self.moves += 1
+            assert self.moves <= 20
+            return super()._shrink(x_adv, x)
+
+    for eps in ("16/255", "8/255", "1/10"):
+        threat = Counted(Fraction(eps))
+        x = torch.full((2, 1, 4, 4), float(Fraction(eps)), dtype=torch.float32)
+        x += torch.linspace(-8, 8, 16).view(4, 4) * 2**-28
+        enforced = threat.enforce(torch.full_like(x, tiny), x)
+        assert (threat.distance(enforced, x) <= threat.bound).all()
+
+
 @every_ball
 @given(x=batch(pixels), x_adv=batch(anything))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_projection_laws(norm, eps, x, x_adv):
     threat = NORMS[norm](Fraction(eps))
     projected = threat.project(x_adv, x)
@@ -60,7 +81,7 @@ def test_projection_laws(norm, eps, x, x_adv):
 
 @every_ball
 @given(x=batch(pixels), x_adv=batch(anything))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_enforcement_needs_no_tolerance(norm, eps, x, x_adv):
     threat = NORMS[norm](Fraction(eps))
     enforced = threat.enforce(x_adv, x)
@@ -90,27 +111,6 @@ def test_a_plain_float32_clamp_leaves_the_exact_ball():
     assert (threat.distance(threat.project(x + 1, x), x) > threat.bound).any()
 
 
-@pytest.mark.parametrize("base", [Linf, L2])
-@pytest.mark.parametrize("tiny", [1e-9, 1e-12, 1e-30, 0.0])
-def test_enforcement_takes_few_moves_beside_tiny_pixels(base, tiny):
-    """An ulp of a pixel near 0 is no step at all: counted in those, enforcement once took minutes."""
-
-    class Counted(base):
-        moves = 0
-
-        def _shrink(self, x_adv, x):
-            self.moves += 1
-            assert self.moves <= 20
-            return super()._shrink(x_adv, x)
-
-    for eps in ("16/255", "8/255", "1/10"):
-        threat = Counted(Fraction(eps))
-        x = torch.full((2, 1, 4, 4), float(Fraction(eps)), dtype=torch.float32)
-        x += torch.linspace(-8, 8, 16).view(4, 4) * 2**-28
-        enforced = threat.enforce(torch.full_like(x, tiny), x)
-        assert (threat.distance(enforced, x) <= threat.bound).all()
-
-
 @every_ball
 def test_the_bound_is_the_largest_float_within_the_exact_radius(norm, eps):
     threat = NORMS[norm](Fraction(eps))
@@ -119,7 +119,7 @@ def test_the_bound_is_the_largest_float_within_the_exact_radius(norm, eps):
 
 @every_ball
 @given(x=batch(pixels), inner=batch(pixels), share=st.floats(0, 0.999))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_points_inside_stay(norm, eps, x, inner, share):
     threat = NORMS[norm](Fraction(eps))
     distance = threat.distance(inner, x).clamp_min(1e-30).view(-1, 1, 1, 1)

@@ -158,7 +158,7 @@ def test_training_without_the_data_says_how_to_get_it(tmp_path, capsys, monkeypa
 @needs_full
 def test_trained_weights_defend(tmp_path, tiny):
     """A card of ``train`` is all that ``--weights`` needs."""
-    from benchmark.evaluate import load
+    from benchmark import load
 
     for name in ("vae", "resnet"):
         train(name, DATASET, tmp_path, epochs=1, limit=64)

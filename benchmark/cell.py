@@ -1,18 +1,14 @@
-"""Attack a defense on a data set and record what happened: the loop behind every number."""
+"""One cell of a table: a defense attacked on a data set, and what happened recorded. The loop behind every number."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,7 +20,7 @@ from tqdm import tqdm
 from attacks import NORMS, VIEWS, Attack, AttackError, ThreatModel, Victim
 from attacks._gradient import blocks
 from attacks._views import affordable
-from benchmark import checkpoints, config, data, registry, report
+from benchmark import config, data, defenses, registry, report
 from benchmark.errors import RunError, UsageError
 from benchmark.plan import Plan, plan
 from benchmark.preflight import failures, preflight
@@ -78,71 +74,6 @@ class Settings:
     mixed_environment: bool = False
     stop_after: float | None = None
     quiet: bool = False
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr)
-
-
-def load(
-    purifier: str,
-    classifier: str = "resnet",
-    dataset: str = "fashion-mnist",
-    *,
-    copies: int = 1,
-    combine: str = "logits",
-    weights: str | None = None,
-) -> Defense:
-    """A defense by name, with the weights that the cards name.
-
-    Args:
-        purifier, classifier: specs, e.g. "diffpure:t_star=0.1".
-        dataset: whose weights.
-        copies, combine: as for ``purifiers.Defense``.
-        weights: a folder with further cards.
-
-    Raises:
-        UsageError: for unknown names or options, or weights that are missing or altered.
-    """
-    family = dataset.split(":")[0].replace("_", "-")
-    shape = data.load(family).shape  # of the test set, which is always at hand
-    roots = [Path(weights)] if weights else None
-    g = checkpoints.build("purifiers", purifier, family, shape, roots)
-    f = checkpoints.build("classifiers", classifier, family, shape, roots)
-    try:
-        defense = Defense(g.module, f.module, copies=copies, combine=combine)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    defense.described = {  # type: ignore[assignment]
-        "purifier": str(g.spec),
-        "classifier": str(f.spec),
-        "weights": {f"purifier.{k}": v for k, v in g.weights.items()}
-        | {f"classifier.{k}": v for k, v in f.weights.items()},
-        "names": {"purifier": purifier, "classifier": classifier},
-    }
-    return defense
-
-
-def evaluate(
-    defense: Defense,
-    data: str | tuple[Tensor, Tensor] = "fashion-mnist",
-    attack: str | Attack = "autoattack",
-    **settings,
-) -> Result:
-    """Attack ``defense`` and return its rows and records; what is on disk already is not computed again.
-
-    Args:
-        defense: from ``load``, or ``purifiers.Defense(purifier, classifier)`` of any modules.
-        data: a data set's name, or (images in [0, 1], labels).
-        attack: a spec, e.g. "pgd:steps=50".
-        **settings: the fields of ``Settings``: norm, eps, n, budget, view, seed, out, …
-
-    Raises:
-        UsageError: for settings that can't be met.
-        RunError: if the defense fails a check, the attack leaves its threat model, or the disk fails.
-        Incomplete: if ``stop_after`` seconds passed.
-    """
-    cell = Cell(defense, data, str(attack), Settings(**settings))
-    folder = cell.run()
-    finished = read_run(folder)
-    return Result(report.rows([finished]), finished["records"], folder)
 
 
 class Cell:
@@ -159,7 +90,9 @@ class Cell:
         self.n = chosen.n if s.n is None else s.n
         if self.n < 1:
             raise UsageError(f"--n-examples {self.n}: at least one image is needed")
-        self.defense = defense.to(self.device)
+        self.data = _data(source, self.n, s)
+        described = defenses.describe(defense)
+        defense = self.defense = defenses.tamed(defense, self.data.images(slice(0, 8))).to(self.device)
         self.stochastic = defense.stochastic
         spec = registry.parse(attack)
         component = registry.load("attacks", spec.name, spec.argument)
@@ -173,18 +106,15 @@ class Cell:
         if self.draws < 1:
             raise UsageError(f"--draws {self.draws}: at least one draw is needed")
         self.whole_blocks = self.attack.package is not None and not self.stochastic
-        self.data = _data(source, self.n, s)
         eps = config.radius(s.eps, s.norm, self.data.family)
         self.threat: ThreatModel = NORMS[s.norm](eps)
         custom = not untouched or (s.draws is not None and s.draws != chosen.draws)
-        described = getattr(defense, "described", None) or _describe(defense)
-        attacker = defense
+        self.attacker = defense
         if s.attacker:
-            attacker = load(
+            self.attacker = defenses.load(
                 s.attacker, described["names"]["classifier"], self.data.family,
                 copies=defense.copies, combine=defense.combine, weights=s.weights,
             ).to(self.device)  # fmt: skip
-        self.attacker = attacker
         self.identity = config.Identity(
             dataset=self.data.name,
             fingerprint=self.data.fingerprint,
@@ -197,7 +127,7 @@ class Cell:
             norm=s.norm,
             eps=config.eps_text(eps),
             view=s.view,
-            attacker=str(attacker.described["purifier"]) if s.attacker else None,  # type: ignore[index]
+            attacker=defenses.describe(self.attacker)["purifier"] if s.attacker else None,
             budget="custom" if custom else chosen.name,
             select=self.select,
             draws=self.draws,
@@ -221,7 +151,7 @@ class Cell:
         self.folder = Run(
             Path(s.out), self.identity, names,
             {"environment": environment(s.device, self.rows), "stochastic": self.stochastic, "nfe": defense.nfe,
-             "preflight": s.preflight},
+             "preflight": s.preflight, "noise": "global" if defenses.is_foreign(defense) else "keyed"},
         )  # fmt: skip
 
     def __str__(self) -> str:
@@ -230,6 +160,11 @@ class Cell:
             f"{names['purifier']} + {names['classifier']} under {names['display']}, {i.norm} {i.eps}, view {i.view}, "
             f"{i.dataset} n={self.n}, seed {i.seed}"
         )
+
+    def result(self) -> Result:
+        """Run, and read what is on disk."""
+        finished = read_run(self.run())
+        return Result(report.rows([finished]), finished["records"], finished["folder"])
 
     def run(self) -> Path:
         """Attack every example that isn't recorded yet; returns the folder."""
@@ -396,69 +331,6 @@ def _data(source: str | tuple[Tensor, Tensor], n: int, s: Settings) -> data.Data
     return data.Dataset("tensors", images, labels.long(), torch.arange(len(labels)), digest, int(labels.max()) + 1)
 
 
-def _describe(defense: Defense) -> dict[str, Any]:
-    """The identity of a defense that was built by hand: its classes, and a hash of its tensors and plain attributes."""
-    weights = {}
-    for part in ("purifier", "classifier"):
-        digest = hashlib.sha256()
-        module = getattr(defense, part)
-        for key, value in module.state_dict().items():
-            digest.update(key.encode() + value.detach().cpu().numpy().tobytes())
-        for key, value in sorted(vars(module).items()):
-            if isinstance(value, bool | int | float | str):
-                digest.update(f"{key}={value!r}".encode())
-        for name, module in getattr(defense, part).named_modules():
-            plain = {k: v for k, v in vars(module).items() if _is_plain(v) and not k.startswith("_")}
-            digest.update(f"{name} {type(module).__qualname__} {sorted(plain.items())}".encode())
-        weights[part] = digest.hexdigest()
-    names = {part: type(getattr(defense, part)).__name__ for part in ("purifier", "classifier")}
-    return {**names, "weights": weights, "names": names}
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value means the same in every process: a number, a string, or a list of them."""
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return isinstance(value, bool | int | float | str | Fraction)
-
-
 def _classes(logits: Tensor) -> Tensor:
     """Predicted classes; -1 where a row isn't finite."""
     return torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
-
-
-def grid(
-    purifiers: str,
-    classifiers: str,
-    attacks: str,
-    dataset: str,
-    radii: Sequence[str | None],
-    settings: Settings,
-    copies: int = 1,
-    combine: str = "logits",
-) -> Iterator[Cell]:
-    """The cells of specs with lists, braces and ``all``; made one at a time, so that one defense is in memory."""
-    roots = [Path(settings.weights)] if settings.weights else None
-    family = dataset.split(":")[0].replace("_", "-")
-    lists = []
-    for kind, text in (("purifiers", purifiers), ("classifiers", classifiers), ("attacks", attacks)):
-        if text == "all":
-            known = registry.names(kind) if kind == "attacks" else checkpoints.names(kind, family, roots)
-            lists.append(known)
-        else:
-            lists.append(list(dict.fromkeys(s for item in registry.expand(text) for s in registry.split(item))))
-    for p in lists[0]:
-        for c in lists[1]:
-            defense = load(p, c, dataset, copies=copies, combine=combine, weights=settings.weights)
-            for eps, a in itertools.product(radii, lists[2]):
-                yield Cell(defense, dataset, a, dataclasses.replace(settings, eps=eps))
-
-
-class _Module(ModuleType):
-    """This module, callable: ``from benchmark import evaluate`` gives it, whichever import came first."""
-
-    def __call__(self, *arguments: Any, **settings: Any) -> Result:
-        return evaluate(*arguments, **settings)
-
-
-sys.modules[__name__].__class__ = _Module
