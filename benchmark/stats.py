@@ -52,8 +52,8 @@ def worst_rule(correct: np.ndarray) -> np.ndarray:
 def accuracy(shares: np.ndarray, draws: int, confidence: float = 0.95) -> Interval:
     """Mean accuracy over images whose correctness is a share of ``draws`` draws, with a Wilson interval.
 
-    m = mean of p_i; n_eff = m' (1 - m') / (var' / n') clipped to [n, n · draws], where m', var' and n' are of the p_i
-    with one image all right and one all wrong added; Wilson's interval at (m, n_eff). Draws of one image aren't
+    m = mean of p_i; n_eff = n · m' (1 - m') / var' clipped to [n, n · draws], where m' and var' are of the p_i with one
+    image all right and one all wrong added (n_eff = n where all p_i are equal); Wilson's interval at (m, n_eff). Draws of one image aren't
     independent images: n_eff counts what they are worth. Without the two added images the interval covers 86 to 89 %
     where m is within 0.03 of 0 or 1 and n = 64; with them at least 94 %. It covers the choice of images and draws, not
     of training seeds.
@@ -66,8 +66,8 @@ def accuracy(shares: np.ndarray, draws: int, confidence: float = 0.95) -> Interv
         raise ValueError("an accuracy needs at least one image, got none")
     m = float(np.mean(shares))
     steadied = np.concatenate((shares, (0.0, 1.0)))
-    variance = float(np.var(steadied, ddof=1)) / len(steadied)
-    n_eff = float(np.clip(steadied.mean() * (1 - steadied.mean()) / variance, n, n * draws))
+    worth = steadied.mean() * (1 - steadied.mean()) / np.var(steadied, ddof=1)
+    n_eff = float(np.clip(n * worth, n, n * draws)) if np.ptp(shares) else n
     z = float(scipy_stats.norm.ppf(0.5 + confidence / 2))
     centre = (m + z * z / (2 * n_eff)) / (1 + z * z / n_eff)
     half = z / (1 + z * z / n_eff) * np.sqrt(m * (1 - m) / n_eff + z * z / (4 * n_eff * n_eff))

@@ -67,14 +67,17 @@ def coverage(m: float, concentration: float, n: int, studies: int = 500) -> floa
 @pytest.mark.parametrize("concentration", [0.1, 1.0, 10.0, 100.0], ids=lambda c: f"concentration={c}")
 @pytest.mark.parametrize("m", [0.05, 0.2, 0.5, 0.8, 0.95])
 def test_coverage(m, concentration):
-    """92 to 97 % of studies of 64 images, give or take 500 studies' own error, draws alike or independent."""
-    assert 0.895 <= coverage(m, concentration, N) <= 0.985
+    """At least 92 % of studies of 64 images, give or take 500 studies' own error, draws alike or independent.
+
+    Near 0 and 1 the interval is wider than it need be where draws are independent: it errs on that side.
+    """
+    assert 0.91 <= coverage(m, concentration, N) <= (0.985 if 0.1 < m < 0.9 else 1)
 
 
 @pytest.mark.parametrize("concentration", [0.1, 1.0, 10.0], ids=lambda c: f"concentration={c}")
-@pytest.mark.parametrize("m, n, least", [(0.01, 64, 0.82), (0.99, 64, 0.82), (0.01, 256, 0.88), (0.99, 256, 0.88)])
+@pytest.mark.parametrize("m, n, least", [(0.01, 64, 0.92), (0.99, 64, 0.92), (0.01, 256, 0.92), (0.99, 256, 0.92)])
 def test_coverage_where_less_than_three_images_decide(m, n, least, concentration):
-    """Where n·min(m, 1 - m) is below 3 the spread of so few images is hardly measured: 86 % at worst, not 95 %."""
+    """Where n·min(m, 1 - m) is below 3 the spread of so few images is hardly measured; two added images steady it."""
     assert coverage(m, concentration, n) >= least
 
 
