@@ -53,10 +53,10 @@ def accuracy(shares: np.ndarray, draws: int, confidence: float = 0.95) -> Interv
     """Mean accuracy over images whose correctness is a share of ``draws`` draws, with a Wilson interval.
 
     m = mean of p_i; n_eff = n · m' (1 - m') / var' clipped to [n, n · draws], where m' and var' are of the p_i with one
-    image all right and one all wrong added (n_eff = n where all p_i are equal); Wilson's interval at (m, n_eff). Draws of one image aren't
-    independent images: n_eff counts what they are worth. Without the two added images the interval covers 86 to 89 %
-    where m is within 0.03 of 0 or 1 and n = 64; with them at least 94 %. It covers the choice of images and draws, not
-    of training seeds.
+    image all right and one all wrong added (n_eff = n where all p_i are equal); Wilson's interval at (m, n_eff). Draws
+    of one image aren't independent images: n_eff counts what they are worth. Without the two added images the interval
+    covers 86 to 89 % where m is within 0.03 of 0 or 1 and n = 64; with them at least 92 %. It covers the choice of
+    images and draws, not of training seeds.
 
     Raises:
         ValueError: without any image.
