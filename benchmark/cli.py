@@ -66,10 +66,10 @@ def parser() -> argparse.ArgumentParser:
 
     report.add_argument("--compact", action="store_true", help="Markdown, a line per defense and radius")
 
-    compare = _command(commands, "compare", _compare, "the paired difference of two runs on the same images")
-    compare.add_argument("a", metavar="RUN_A", help="folder of one run")
-    compare.add_argument("b", metavar="RUN_B", help="folder of the other; the difference is A - B")
-    compare.add_argument("--json", action="store_true")
+    compare = _command(commands, "compare", _compare, "paired differences of runs on the same images")
+    compare.add_argument("reference", metavar="RUN", help="folder of the run that the others are compared with")
+    compare.add_argument("others", nargs="+", metavar="OTHER", help="folders of runs; differences are OTHER - RUN")
+    compare.add_argument("--json", action="store_true", help="one object per other run, as a list")
 
     tables = _command(commands, "tables", _tables, "make the generated tables of Markdown files anew")
     tables.add_argument("files", nargs="+", type=Path, metavar="FILE", help="with <!-- table: COMMAND --> blocks")
@@ -203,22 +203,12 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from benchmark import report, stats
+    from benchmark import report
     from benchmark.results import find_runs
 
-    (a,), (b,) = find_runs([arguments.a]), find_runs([arguments.b])
-    common = sorted({r["id"] for r in a["records"]} & {r["id"] for r in b["records"]})
-    if a["identity"]["fingerprint"] != b["identity"]["fingerprint"] or not common:
-        raise UsageError("the two runs share no images: compare runs on one data set")
-    pick = [[r for r in run["records"] if r["id"] in set(common)] for run in (a, b)]
-    result = stats.compare(report.shares(pick[0]), report.shares(pick[1]))
-    if arguments.json:
-        print(json.dumps(result._asdict() | {"n": len(common)}, indent=2))
-    else:
-        print(
-            f"A - B = {100 * result.difference:+.1f} points [{100 * result.low:+.1f}, {100 * result.high:+.1f}], "
-            f"p = {result.p:.4f}, n = {len(common)}"
-        )
+    (reference,) = find_runs([arguments.reference])
+    table = report.comparison(reference, find_runs(arguments.others))
+    print(json.dumps(table, indent=2) if arguments.json else report.render_comparison(table), end="")
     return DONE
 
 

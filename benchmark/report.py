@@ -110,6 +110,44 @@ def shares(records: list[dict[str, Any]], key: str = "adv") -> np.ndarray:
     return stats.mean_rule(_predicted(records, key) == label[:, None])
 
 
+def comparison(reference: dict[str, Any], others: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Robust accuracy of other runs minus that of a reference, paired over the images that both have.
+
+    Raises:
+        UsageError: if a run shares no image with the reference.
+    """
+    table = []
+    for run in others:
+        ids = {r["id"] for r in reference["records"]} & {r["id"] for r in run["records"]}
+        if reference["identity"]["fingerprint"] != run["identity"]["fingerprint"] or not ids:
+            raise UsageError(
+                f"{run['folder']} shares no image with {reference['folder']}: compare runs on one data set"
+            )
+        ours, theirs = (shares([r for r in one["records"] if r["id"] in ids]) for one in (reference, run))
+        names = run["names"]
+        table.append(
+            {key: names[key] for key in ("purifier", "classifier", "display")}
+            | {"view": run["identity"]["view"], "n": len(ids), "reference": float(ours.mean())}
+            | {"robust": float(theirs.mean())}
+            | stats.compare(theirs, ours)._asdict()
+        )
+    return table
+
+
+def render_comparison(table: list[dict[str, Any]]) -> str:
+    """The comparison as Markdown, in points."""
+    lines = [
+        "| purifier | classifier | attack | view | n | robust % | reference % | difference [95 %] | p |",
+        "|" + "---|" * 9,
+    ]
+    for r in table:
+        difference = f"{100 * r['difference']:+.1f} [{100 * r['low']:+.1f}, {100 * r['high']:+.1f}]"
+        cells = [r["purifier"], r["classifier"], r["display"], r["view"], str(r["n"])]
+        cells += [_percent(r["robust"]), _percent(r["reference"]), difference, f"{r['p']:.4f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def _row(run: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
     identity, names = run["identity"], run["names"]
     label = np.array([r["label"] for r in records])

@@ -414,11 +414,15 @@ def test_a_grid_is_every_combination(run, tmp_path):
     assert len(runs) == len(cells) == 3 * 2 * 2
 
 
-def test_compare_gives_one_object(recorded, capsys):
+def test_compare_gives_an_object_per_other_run(recorded, capsys):
     a, b = (str(run["folder"]) for run in find_runs([recorded]))
-    assert cli.main(["compare", a, b, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["n"] == 4 and result["low"] <= result["difference"] <= result["high"] and 0 < result["p"] <= 1
+    assert cli.main(["compare", a, b, a, "--json"]) == 0
+    other, same = json.loads(capsys.readouterr().out)
+    assert other["n"] == 4 and other["low"] <= other["difference"] <= other["high"] and 0 < other["p"] <= 1
+    assert other["difference"] == pytest.approx(other["robust"] - other["reference"])
+    assert same["difference"] == 0 and same["p"] == 1
+    assert cli.main(["compare", a, b]) == 0
+    assert sum(line.startswith("|") for line in capsys.readouterr().out.splitlines()) == 3
 
 
 # --- speed of --help
