@@ -47,7 +47,7 @@ class Run:
 
     ``run.json`` (identity, environment, names), ``journal.jsonl`` (a line per finished example), ``adversarial.npy`` (a
     row is on disk before its line), ``logits/`` (a file per block, one ``logits.npz`` at the end), ``state.pt`` (an
-    attack under way), ``timing.jsonl`` (never in records), ``records.jsonl`` (the journal sorted, when all is done).
+    attack under way), ``timing.jsonl`` (never in records), ``records.jsonl`` (what the journal becomes, sorted).
 
     Raises:
         UsageError: if the folder holds another configuration or environment.
@@ -73,14 +73,11 @@ class Run:
     def done(self) -> dict[int, dict[str, Any]]:
         """The finished examples by id; a torn last line is dropped from the journal."""
         path = self.folder / "journal.jsonl"
-        if not path.exists():
-            return {}
-        raw = path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        if whole != raw:
+        raw = path.read_bytes() if path.exists() else b""
+        if not raw.endswith(b"\n") and raw:
             with writing(self.folder):
-                replace(path, whole.decode())
-        return {r["id"]: r for r in map(json.loads, whole.decode().splitlines())}
+                replace(path, raw[: raw.rfind(b"\n") + 1].decode())
+        return _records(self.folder)
 
     def write(self, rows: list[int], records: list[dict[str, Any]], x_adv: np.ndarray, logits: dict) -> None:
         """Finish the examples at positions ``rows``: images and logits first, then their lines, flushed to disk."""
@@ -116,7 +113,7 @@ class Run:
         return state if int(state.pop("first")) == first else None
 
     def finish(self) -> Path:
-        """Sort the journal into ``records.jsonl`` and gather the logits; both renamed into place."""
+        """Turn the journal, sorted, into ``records.jsonl`` and gather the logits; both renamed into place."""
         with writing(self.folder):
             records = [record for _, record in sorted(self.done().items())]
             blocks = sorted((self.folder / "logits").glob("*.npz"))
@@ -124,6 +121,7 @@ class Run:
                 self._gather(blocks)
             (self.folder / "state.pt").unlink(missing_ok=True)
             replace(self.folder / "records.jsonl", "".join(json.dumps(r) + "\n" for r in records))
+            (self.folder / "journal.jsonl").unlink(missing_ok=True)
         return self.folder
 
     def _gather(self, blocks: list[Path]) -> None:
@@ -177,21 +175,24 @@ class Run:
 def read_run(folder: Path) -> dict[str, Any]:
     """The settings of a run, with its finished records as "records" and its seconds as "seconds"."""
     settings = json.loads((folder / "run.json").read_text())
-    final = folder / "records.jsonl"
-    journal = folder / "journal.jsonl"
-    source = final if final.exists() else journal
-    records = {}
-    for path in (final, journal):  # a run that was extended has newer lines in its journal
-        lines = path.read_text().split("\n") if path.exists() else []
-        records.update({r["id"]: r for r in map(json.loads, filter(None, lines[:-1]))})
+    records = _records(folder)
     timing = folder / "timing.jsonl"
     times = [json.loads(line) for line in timing.read_text().splitlines()] if timing.exists() else []
     return settings | {
         "records": [records[k] for k in sorted(records)],
-        "complete": source == final and len(records) >= settings["n"],
+        "complete": (folder / "records.jsonl").exists() and len(records) >= settings["n"],
         "seconds": sum(t["seconds"] for t in times),
         "folder": folder,
     }
+
+
+def _records(folder: Path) -> dict[int, dict[str, Any]]:
+    """Finished examples by id: those of ``records.jsonl``, and a later journal's whole lines."""
+    records = {}
+    for path in (folder / "records.jsonl", folder / "journal.jsonl"):
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        records.update({r["id"]: r for r in map(json.loads, lines)})
+    return records
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
