@@ -486,3 +486,65 @@ def test_the_documented_import_gives_the_functions():
     x, y = gaussian(4)
     with pytest.raises(UsageError, match="n asked for 5"):
         documented(Defense(Identity(), TwoLogits()), data=(x, y), attack="pgd", eps="1/64", n=5)
+
+
+# --- modules that know nothing of tapes, and attackers that differentiate something else
+
+
+class Foreign(nn.Module):
+    """The Gaussian victim's purifier as anybody would write it, drawing from torch's global generator."""
+
+    def __init__(self, sigma: float):
+        super().__init__()
+        self.sigma = sigma
+
+    def forward(self, x: Tensor) -> Tensor:
+        noisy = x + self.sigma * torch.randn_like(x) if self.sigma else x
+        return 0.5 + 0.5 * (noisy - 0.5)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.05], ids=["deterministic", "stochastic"])
+def test_a_foreign_module_is_measured_marked_and_judged_rightly(tmp_path, sigma):
+    before = torch.get_rng_state()
+    result = evaluate(
+        Defense(Foreign(sigma), TwoLogits()), gaussian(), attack_on_gaussian("Linf"), eps=RADII["Linf"], n=512,
+        out=tmp_path, quiet=True,
+    )  # fmt: skip
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(result.records[0]["adv"]) == (9 if sigma else 1), "its stochasticity is measured"
+    assert ("noise: global" in result.rows[0]["display"]) == bool(sigma)
+    assert contains(result.records, "adv", gaussian_accuracy("Linf", float(Fraction(RADII["Linf"])), sigma))
+
+
+def test_an_attacker_differentiates_another_purifier_and_the_verdict_does_not(tmp_path):
+    """The images are those found against the attacker's purifier; the predictions are the defense's own."""
+
+    def run(out: str, *arguments: str) -> dict:
+        command = ["run", "--classifier", f"file:{HERE}:Brightness", "--attack", "pgd:steps=3", "--n-examples", "16"]
+        assert cli.main([*command, "--out", str(tmp_path / out), *arguments]) == 0
+        return find_runs([tmp_path / out])[0]
+
+    mirror = f"file:{HERE}:Mirror"
+    surrogate = run("surrogate", "--purifier", mirror, "--attacker", "identity")
+    attacked, exact = run("identity", "--purifier", "identity"), run("exact", "--purifier", mirror)
+    images = [np.load(r["folder"] / "adversarial.npy") for r in (surrogate, attacked, exact)]
+    assert np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])
+    assert [r["clean"] for r in surrogate["records"]] == [r["clean"] for r in exact["records"]]
+    assert [r["adv"] for r in surrogate["records"]] != [r["adv"] for r in attacked["records"]]
+    assert "@identity" in report.rows([surrogate])[0]["view"]
+
+
+class Mirror(OneStage):
+    """g(x) = 1 - x."""
+
+    stochastic = False
+
+    def clean(self, x: Tensor, noise: Noise) -> Tensor:
+        return 1 - x
+
+
+class Brightness(Classifier):
+    """Class k for images of mean brightness about k / 9."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -((9 * x.flatten(1).mean(1, keepdim=True) - torch.arange(10.0, dtype=x.dtype)) ** 2)
