@@ -3,6 +3,7 @@
 # make slow   the slow tests           make report  the table of results/
 PYTHON ?= python3
 ARGS ?=
+OUT ?= results/mine
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -41,17 +42,18 @@ install: .venv/.installed
 	$(PIP) --force-reinstall --no-deps robustbench
 	@touch $@
 
-# The tables of README.md from records, and the records themselves (hours on two cores; they resume).
+# The tables of README.md from records, and the records themselves anew into OUT (hours on two cores; they resume).
 tables: install
 	$(BIN)/python -m benchmark tables README.md results/README.md
 
 headline: install
 	$(BIN)/python -m benchmark run --purifier identity,vae,diffpure --classifier resnet,resnet-at \
-		--attack pgd,autoattack --eps 16/255 --eps 0.1 --budget quick --n-examples 256 --out results/headline
-	$(BIN)/python -m benchmark run --budget paper --n-examples 64 --out results/full
-	$(BIN)/python -m benchmark run --attack pgd --budget quick --view bpda --n-examples 128 --out results/checks
-	$(BIN)/python -m benchmark run --attack pgd --budget quick --view blind --n-examples 128 --out results/checks
-	$(BIN)/python -m benchmark run --attack pgd:steps=40 --budget quick --n-examples 128 --out results/checks
+		--attack pgd,autoattack --eps 16/255 --eps 0.1 --budget quick --n-examples 256 --out $(OUT)/headline
+	$(BIN)/python -m benchmark run --budget paper --n-examples 64 --out $(OUT)/full
+	$(BIN)/python -m benchmark run --attack pgd --budget quick --view bpda --n-examples 128 --out $(OUT)/checks
+	$(BIN)/python -m benchmark run --attack pgd --budget quick --view blind --n-examples 128 --out $(OUT)/checks
+	$(BIN)/python -m benchmark run --attack pgd:steps=40 --budget quick --n-examples 128 --out $(OUT)/checks
+	$(BIN)/python -m benchmark run --attack pgd:eot=8 --budget quick --n-examples 128 --out $(OUT)/checks
 
 clean:
 	rm -rf build *.egg-info shims/src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -120,7 +120,13 @@ class Cell:
             fingerprint=self.data.fingerprint,
             purifier=described["purifier"],
             classifier=described["classifier"],
-            weights=described["weights"] | {f"attack.{k}": v for k, v in registry.source(spec).items()},
+            weights=described["weights"]
+            | {f"attack.{k}": v for k, v in registry.source(spec).items()}
+            | (
+                {f"attacker.{k}": v for k, v in defenses.describe(self.attacker)["weights"].items()}
+                if s.attacker
+                else {}
+            ),
             copies=defense.copies,
             combine=defense.combine,
             attack=str(registry.Spec(spec.name, spec.argument, options)),
@@ -169,7 +175,7 @@ class Cell:
     def run(self) -> Path:
         """Attack every example that isn't recorded yet; returns the folder."""
         s, began = self.settings, time.monotonic()
-        self.folder.open(self.n, self.data.shape, mixed_environment=s.mixed_environment)
+        self.folder.check_identity()
         done = self.folder.done()
         starts = [
             first
@@ -177,7 +183,10 @@ class Cell:
             if any(int(i) not in done for i in self.data.ids[first : min(first + BLOCK, self.n)])
         ]
         if not starts:
+            if not s.quiet:
+                print(f"all {self.n} images are recorded in {self.folder.folder}: nothing to compute", file=sys.stderr)
             return self.folder.finish()
+        self.folder.open(self.n, self.data.shape, mixed_environment=s.mixed_environment)
         self._preflight()
         length = self.attack.length(self.stochastic)
         with tqdm(
@@ -247,7 +256,7 @@ class Cell:
         null = self._null(x, y, ids)
         predicted = {k: _classes(v) for k, v in logits.items()}
         distance = self.threat.distance(x_adv, x)
-        extra = 3 * self.draws + len(found.candidates) * self.select
+        extra = 3 * self.draws + (len(found.candidates) + 1) * self.select
         records = [
             {
                 "id": int(ids[i]),
@@ -281,13 +290,14 @@ class Cell:
         return self._kept
 
     def _chosen(self, candidates: Tensor, y: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Per image the candidate with the fewest correct ``select`` draws, and the logits of those draws."""
-        logits = torch.stack(
-            [self._draws(c, ids, "select", self.select, "candidate", v) for v, c in enumerate(candidates)]
-        )
-        correct = (_classes(logits) == y[:, None]).sum(-1)
-        best, rows = correct.argmin(0), torch.arange(len(y), device=y.device)
-        return candidates[best, rows], logits[best, rows]
+        """Per image the candidate with the fewest correct ``select`` draws, and the logits of further ``select`` draws.
+
+        The draws that chose would flatter the chosen; attacks are compared by draws that chose nothing yet.
+        """
+        logits = [self._draws(c, ids, "select", self.select, "candidate", v) for v, c in enumerate(candidates)]
+        correct = (_classes(torch.stack(logits)) == y[:, None]).sum(-1)
+        chosen = candidates[correct.argmin(0), torch.arange(len(y), device=y.device)]
+        return chosen, self._draws(chosen, ids, "select", self.select)
 
     def _draws(self, x: Tensor, ids: Tensor, role: str, count: int, *site: str | int, control: bool = False) -> Tensor:
         """Logits of ``count`` keyed draws per image, shape (B, count, K), if asked each under a random perturbation."""

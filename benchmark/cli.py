@@ -165,7 +165,7 @@ def _run(arguments: argparse.Namespace) -> int:
         except Incomplete:
             return _complain(f"stopped after {arguments.stop_after:g} s; the same command continues", INCOMPLETE)
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
-    print(report.render(report.rows(runs, worst_case=True), "md"), end="")
+    print(report.render(report.rows(runs, worst_case=True), "md", runs), end="")
     print(f"records: {arguments.out}", file=sys.stderr)
     return DONE
 
@@ -198,7 +198,8 @@ def _report(arguments: argparse.Namespace) -> int:
         print(report.compact(find_runs(arguments.paths)), end="")
         return DONE
     worst = arguments.format == "md" if arguments.worst_case is None else arguments.worst_case
-    print(report.render(report.rows(find_runs(arguments.paths), worst_case=worst), arguments.format), end="")
+    runs = find_runs(arguments.paths)
+    print(report.render(report.rows(runs, worst_case=worst), arguments.format, runs), end="")
     return DONE
 
 
@@ -206,9 +207,11 @@ def _compare(arguments: argparse.Namespace) -> int:
     from benchmark import report
     from benchmark.results import find_runs
 
-    (reference,) = find_runs([arguments.reference])
+    reference, *more = find_runs([arguments.reference])
+    if more:
+        raise UsageError(f"{arguments.reference} holds {1 + len(more)} runs: name the folder of one")
     table = report.comparison(reference, find_runs(arguments.others))
-    print(json.dumps(table, indent=2) if arguments.json else report.render_comparison(table), end="")
+    print(json.dumps(table, indent=2) + "\n" if arguments.json else report.render_comparison(table), end="")
     return DONE
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -58,7 +59,7 @@ def describe(defense: Defense) -> dict[str, Any]:
     names = {part: type(module).__name__ for part, module in parts.items()}
     weights = {}
     for part, module in parts.items():
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(_source(type(module)).encode())
         for key, value in module.state_dict().items():
             digest.update(key.encode() + value.detach().cpu().numpy().tobytes())
         for name, child in module.named_modules():
@@ -78,6 +79,14 @@ def tamed(defense: Defense, x: Tensor) -> Defense:
 def is_foreign(defense: Defense) -> bool:
     """Whether the noise isn't keyed by example."""
     return isinstance(defense.purifier, Foreign)
+
+
+def _source(cls: type) -> str:
+    """The text of a class, where it has one: another text is another component."""
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""
 
 
 def _is_plain(value: Any) -> bool:

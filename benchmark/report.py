@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -19,7 +19,10 @@ COLUMNS = (
     "robust robust_low robust_high clean_majority robust_majority clean_worst robust_worst robust_any_iteration "
     "null_floor random_control nfe forwards backwards seconds_per_image grade run"
 ).split()
-CELL = ("dataset", "purifier", "classifier", "attacker", "copies", "combine", "view", "norm", "eps", "seed", "weights")
+CELL = (
+    *("dataset", "fingerprint", "purifier", "classifier", "weights", "copies", "combine", "norm", "eps"),
+    *("view", "attacker", "select", "draws", "seed", "precision", "protocol"),
+)
 """What runs must share to be one defense under one threat, attacked in several ways."""
 HEADLINE = ("pgd", "autoattack")
 """The attacks whose worst case is the headline of a stochastic defense."""
@@ -40,8 +43,8 @@ def rows(runs: Iterable[dict[str, Any]], *, worst_case: bool = False) -> list[di
     return table
 
 
-def render(table: list[dict[str, Any]], form: str) -> str:
-    """The rows as "md", "csv" or "json".
+def render(table: list[dict[str, Any]], form: str, runs: Sequence[dict[str, Any]] = ()) -> str:
+    """The rows as "md", "csv" or "json"; Markdown also says what the names of the runs' purifiers stand for.
 
     Raises:
         UsageError: for another format.
@@ -53,48 +56,48 @@ def render(table: list[dict[str, Any]], form: str) -> str:
         pd.DataFrame(table, columns=list(COLUMNS)).to_csv(buffer, index=False, lineterminator="\n")
         return buffer.getvalue()
     if form == "md":
-        return _markdown(table)
+        return _markdown(table, _specs(runs))
     raise UsageError(f"--format {form}: known formats are md, csv, json")
 
 
 def compact(runs: Iterable[dict[str, Any]]) -> str:
-    """A Markdown line per defense and radius: clean accuracy, each attack beside the other, and their worst case."""
+    """A Markdown line per defense and radius, over the images that all its attacks have.
+
+    Clean accuracy, each attack beside the other, and their worst case where both attacks of the headline are there.
+    """
     runs = [r for r in runs if r["records"]]
-    used = {run["names"]["attack"].split(":")[0] for run in runs}
-    attacks = [a for a in HEADLINE if a in used] + sorted(used - set(HEADLINE))
-    head = [
-        "purifier",
-        "classifier",
-        "norm",
-        "eps",
-        "n",
-        "draws",
-        "clean %",
-        *attacks,
-        "worst case %",
-        "random noise %",
-    ]
+    used = {run["names"]["attack"] for run in runs}
+    attacks = sorted(used, key=lambda a: (a not in HEADLINE, a != "pgd", a))
+    head = [*"purifier classifier norm eps n draws".split(), "clean % [95 %]", *(f"{a} %" for a in attacks)]
+    head += ["worst case % [95 %]", "random noise %"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     displays: dict[str, list[str]] = {}
     for group in sorted(_groups(runs).values(), key=_order):
-        by_attack = {run["names"]["attack"].split(":")[0]: _row(run, run["records"]) for run in group}
-        worst = _worst_row(group) if len(group) > 1 else next(iter(by_attack.values()))
-        for attack, row in by_attack.items():
+        ids = set.intersection(*({r["id"] for r in run["records"]} for run in group))
+        rows_of = {
+            run["names"]["attack"]: _row(run, [r for r in run["records"] if r["id"] in ids]) for run in group if ids
+        }
+        if not rows_of:
+            continue
+        for attack, row in rows_of.items():
             displays.setdefault(attack, []).append(row["display"])
-        cells = [
-            worst["purifier"],
-            worst["classifier"],
-            worst["norm"],
-            worst["eps"],
-            str(worst["n"]),
-            str(worst["draws"]),
+        whole = set(HEADLINE) <= set(rows_of)
+        one = _worst_row(group) if whole else next(iter(rows_of.values()))
+        cells = [str(one[k]) for k in ("purifier", "classifier", "norm", "eps", "n", "draws")] + [
+            _with_interval(one, "clean"),
+            *(_percent(rows_of[a]["robust"]) if a in rows_of else "–" for a in attacks),
+            _with_interval(one, "robust") if whole else "–",
+            _percent(one["random_control"]),
         ]
-        cells += [_with_interval(worst, "clean")]
-        cells += [_percent(by_attack[a]["robust"]) if a in by_attack else "–" for a in attacks]
-        cells += [_with_interval(worst, "robust"), _percent(worst["random_control"])]
         lines.append(f"| {' | '.join(cells)} |")
-    legend = "; ".join(f"{a}: {' or '.join(dict.fromkeys(displays[a]))}" for a in attacks)
-    return "\n".join([*lines, "", f"{legend}."]) + "\n"
+    legend = [f"{a}: {' or '.join(dict.fromkeys(displays[a]))}" for a in attacks if a in displays]
+    return "\n".join([*lines, "", f"{'; '.join(legend + _specs(runs))}."]) + "\n"
+
+
+def _specs(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """What the names of purifiers stand for, where they have options."""
+    specs = {run["names"]["purifier"]: run["identity"]["purifier"] for run in runs}
+    return [f"{name} is {spec}" for name, spec in sorted(specs.items()) if name != spec.removesuffix(":rounds=1")]
 
 
 def _order(group: list[dict[str, Any]]) -> tuple:
@@ -127,6 +130,7 @@ def comparison(reference: dict[str, Any], others: Iterable[dict[str, Any]]) -> l
         names = run["names"]
         table.append(
             {key: names[key] for key in ("purifier", "classifier", "display")}
+            | {key: run["identity"][key] for key in ("norm", "eps")}
             | {"view": run["identity"]["view"], "n": len(ids), "reference": float(ours.mean())}
             | {"robust": float(theirs.mean())}
             | stats.compare(theirs, ours)._asdict()
@@ -137,12 +141,12 @@ def comparison(reference: dict[str, Any], others: Iterable[dict[str, Any]]) -> l
 def render_comparison(table: list[dict[str, Any]]) -> str:
     """The comparison as Markdown, in points."""
     lines = [
-        "| purifier | classifier | attack | view | n | robust % | reference % | difference [95 %] | p |",
-        "|" + "---|" * 9,
+        "| purifier | classifier | attack | view | norm | eps | n | robust % | reference % | difference [95 %] | p |",
+        "|" + "---|" * 11,
     ]
     for r in table:
         difference = f"{100 * r['difference']:+.1f} [{100 * r['low']:+.1f}, {100 * r['high']:+.1f}]"
-        cells = [r["purifier"], r["classifier"], r["display"], r["view"], str(r["n"])]
+        cells = [str(r[key]) for key in ("purifier", "classifier", "display", "view", "norm", "eps", "n")]
         cells += [_percent(r["robust"]), _percent(r["reference"]), difference, f"{r['p']:.4f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -156,14 +160,17 @@ def _row(run: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
     clean_accuracy = stats.accuracy(stats.mean_rule(clean == label[:, None]), draws)
     robust = stats.accuracy(stats.mean_rule(adv == label[:, None]), draws)
     broken = np.array([r["broken_at"] for r in records]) >= 0
-    watched = run["stochastic"] and names["attack"] != WORST  # only then does the any-iteration rule say anything
+    # the any-iteration rule speaks of draws of the defense itself, seen in the loop of one attack
+    watched = run["stochastic"] and names["attack"] != WORST
+    watched = watched and identity["view"] != "blind" and not identity["attacker"]
+    copies = "" if identity["copies"] == 1 else f" × {identity['copies']} ({identity['combine']})"
     notes = [] if run.get("preflight", True) else ["no preflight"]
     notes += ["noise: global"] if run["stochastic"] and run.get("noise") == "global" else []
     notes += ["mixed environment"] if run.get("mixed_environment") else []
     notes += [] if run.get("complete", True) else [f"incomplete: {len(records)} of {run['n']}"]
     return {
         "dataset": identity["dataset"],
-        "purifier": names["purifier"],
+        "purifier": names["purifier"] + copies,
         "classifier": names["classifier"],
         "attack": names["attack"],
         "display": names["display"] + "".join(f" [{note}]" for note in notes),
@@ -202,15 +209,19 @@ WORST = "worst-case"
 def _groups(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
-        key = json.dumps([run["identity"][k] for k in CELL], sort_keys=True)
+        identity = dict(run["identity"])
+        identity["weights"] = {k: v for k, v in identity["weights"].items() if not k.startswith("attack.")}
+        key = json.dumps([identity[k] for k in CELL], sort_keys=True)
         groups.setdefault(key, []).append(run)
     return groups
 
 
 def _worst_row(group: list[dict[str, Any]]) -> dict[str, Any]:
-    group = sorted(group, key=lambda run: run["identity"]["attack"])
+    ids = set.intersection(*({r["id"] for r in run["records"]} for run in group))
+    common = sorted(ids)
+    # a tie goes to the attack that is stronger on the whole, by select draws
+    group = sorted(group, key=lambda run: (_survival_of(run, ids), run["identity"]["attack"]))
     by_id = [{r["id"]: r for r in run["records"]} for run in group]
-    common = sorted(set.intersection(*map(set, by_id)))
     chosen = [min((records[i] for records in by_id), key=_survival) for i in common]
     names = group[0]["names"] | {
         "attack": WORST,
@@ -222,7 +233,8 @@ def _worst_row(group: list[dict[str, Any]]) -> dict[str, Any]:
         "names": names,
         "preflight": all(run.get("preflight", True) for run in group),
         "mixed_environment": any(run.get("mixed_environment") for run in group),
-        "complete": True,
+        "complete": all(run.get("complete", True) for run in group),
+        "n": max(run["n"] for run in group),
         "seconds": sum(run["seconds"] for run in group),
         "folder": " + ".join(str(run["folder"]) for run in group),
     }
@@ -230,6 +242,10 @@ def _worst_row(group: list[dict[str, Any]]) -> dict[str, Any]:
     for cost in ("forwards", "backwards"):
         row[cost] = float(sum(np.mean([records[i][cost] for i in common]) for records in by_id))
     return row
+
+
+def _survival_of(run: dict[str, Any], ids: set[int]) -> float:
+    return float(np.mean([_survival(r) for r in run["records"] if r["id"] in ids]))
 
 
 def _survival(record: dict[str, Any]) -> float:
@@ -241,7 +257,7 @@ def _predicted(records: list[dict[str, Any]], key: str) -> np.ndarray:
     return np.array([r[key] for r in records])
 
 
-def _markdown(table: list[dict[str, Any]]) -> str:
+def _markdown(table: list[dict[str, Any]], specs: Sequence[str] = ()) -> str:
     """A table to read: accuracies in percent with their 95 % intervals."""
     if not table:
         return "no finished example yet\n"
@@ -272,7 +288,9 @@ def _markdown(table: list[dict[str, Any]]) -> str:
         f"{', '.join(datasets)}; budget {', '.join(budgets)}; seed {', '.join(seeds)}. Accuracy is the mean over fresh "
         "verdict draws that no attack saw; clean accuracy stands under the same rule. Intervals are 95 % Wilson over "
         "images and draws, and say nothing about training seeds. Any iteration: no draw in the attack's loop was ever "
-        "wrong; its null floor is what that rule reads at x itself.",
+        "wrong; its null floor is what that rule reads at x itself. s/image is wall time; draws at x "
+        "are shared between the attacks of a defense.",
+        *([f"{'; '.join(specs)}."] if specs else []),
     ]
     return "\n".join(lines) + "\n"
 

@@ -64,9 +64,10 @@ class Run:
         """Create the folder, or check that it holds this very run, and make room for n examples."""
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.check_identity()
             path = self.folder / "run.json"
             if path.exists():
-                self._check(json.loads(path.read_text()), mixed_environment)
+                self._check_environment(json.loads(path.read_text()), mixed_environment)
             replace(path, json.dumps(self.settings | {"n": n}, indent=2, sort_keys=True) + "\n")
             self._room(n, shape)
 
@@ -94,7 +95,8 @@ class Run:
                 os.fsync(journal.fileno())
 
     def note_time(self, entry: dict[str, Any]) -> None:
-        """Seconds and memory of a piece of work."""
+        """Seconds and memory of a piece of work, and the commit that did it."""
+        entry = entry | {"commit": _commit()}
         with writing(self.folder), (self.folder / "timing.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
@@ -114,6 +116,8 @@ class Run:
 
     def finish(self) -> Path:
         """Turn the journal, sorted, into ``records.jsonl`` and gather the logits; both renamed into place."""
+        if not (self.folder / "journal.jsonl").exists():
+            return self.folder
         with writing(self.folder):
             records = [record for _, record in sorted(self.done().items())]
             blocks = sorted((self.folder / "logits").glob("*.npz"))
@@ -139,23 +143,36 @@ class Run:
             path.unlink()
         (self.folder / "logits").rmdir()
 
-    def _check(self, found: dict[str, Any], mixed: bool) -> None:
-        if found["identity"] != self.settings["identity"]:
-            theirs, ours = found["identity"], self.settings["identity"]
+    def check_identity(self) -> None:
+        """Refuse a folder that holds another run."""
+        path = self.folder / "run.json"
+        theirs = json.loads(path.read_text())["identity"] if path.exists() else self.settings["identity"]
+        ours = self.settings["identity"]
+        if theirs != ours:
             differ = [k for k in ours if theirs.get(k) != ours[k]]
             raise UsageError(
                 f"{self.folder} holds another configuration ({', '.join(differ)} differ): nothing was overwritten; "
                 "choose another --out or delete the folder"
             )
+
+    def _check_environment(self, found: dict[str, Any], mixed: bool) -> None:
+        """Refuse to continue where other versions or another machine began, or without the images found so far."""
         old, new = (dict(s["environment"]) for s in (found, self.settings))
         differ = [k for k in new if k != "commit" and old.get(k) != new[k]]
         begun = bool(self.done()) or (self.folder / "state.pt").exists()
+        if begun and not (self.folder / "adversarial.npy").exists():
+            raise UsageError(
+                f"{self.folder} has records but no adversarial.npy, so it can't be continued (a repository keeps records "
+                "only): choose another --out to measure anew"
+            )
         if differ and not mixed and begun:
             changes = ", ".join(f"{k}: {old.get(k)} → {new[k]}" for k in differ)
             raise UsageError(
                 f"{self.folder} was begun in another environment ({changes}); "
                 "continue it there, or pass --mixed-environment, which the table will say"
             )
+        if begun:  # the commit that began the run; timing.jsonl has one per block
+            self.settings["environment"] = new | {"commit": old.get("commit")}
         self.settings["mixed_environment"] = bool(differ and begun) or found.get("mixed_environment", False)
 
     def _room(self, n: int, shape: tuple[int, int, int]) -> None:
