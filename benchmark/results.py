@@ -162,8 +162,8 @@ class Run:
         begun = bool(self.done()) or (self.folder / "state.pt").exists()
         if begun and not (self.folder / "adversarial.npy").exists():
             raise UsageError(
-                f"{self.folder} has records but no adversarial.npy, so it can't be continued (a repository keeps records "
-                "only): choose another --out to measure anew"
+                f"{self.folder} has records but no adversarial.npy, so it can't be continued (a repository keeps "
+                "records only): choose another --out to measure anew"
             )
         if differ and not mixed and begun:
             changes = ", ".join(f"{k}: {old.get(k)} → {new[k]}" for k in differ)

@@ -117,9 +117,15 @@ def train(
 def measure(
     module: nn.Module, recipe: Recipe, dataset: str, *, data_dir: str | None = None, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """What trained weights do on images they never saw: the objective, and for a classifier its accuracy, with n."""
+    """What trained weights do on images they never saw: the objective and the accuracy, with n.
+
+    The accuracy of a purifier is that of the shipped ``resnet`` on images purified once.
+    """
     module.eval()
     device = next(module.parameters()).device
+    judge = None
+    if recipe.kind == "purifiers" and "resnet" in checkpoints.cards(dataset):
+        judge = checkpoints.build("classifiers", "resnet", dataset, data.load(dataset).shape).module.to(device)
     measured = {}
     for split in ("validation", "test"):
         wanted = 10_000 if split == "test" else 1  # a test set at hand may be an excerpt
@@ -135,6 +141,9 @@ def measure(
                 values = {f"objective of {k}": float(v) for k, v in losses.items()}
                 if recipe.kind == "classifiers":
                     values["accuracy"] = float((module(batch.x).argmax(1) == batch.y).float().mean())
+                elif judge is not None:
+                    purified = module(batch.x, tape.fold("purify"))
+                    values["accuracy with resnet"] = float((judge(purified).argmax(1) == batch.y).float().mean())
             for k, v in values.items():
                 sums[k] = sums.get(k, 0.0) + v * len(batch.y)
         measured[split] = {k: round(v / len(images), 6) for k, v in sums.items()} | {"n": len(images)}

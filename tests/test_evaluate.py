@@ -324,8 +324,9 @@ def test_records_hold_the_facts_of_each_image(tmp_path, lively, images):
         assert record["distance"] == float(threat.distance(x_adv[i : i + 1], x[i : i + 1])) <= 32 / 255
         assert record["fallback"] is (record["distance"] == 0)
         assert -1 <= record["broken_at"] < 3 and 0 <= record["null_wrong"] <= 6
-        # 3 iterations of 2 draws, as many at x for the null floor, three verdicts of 5, one candidate's 8 select draws
-        assert (record["forwards"], record["backwards"]) == (6 + 6 + 15 + 8, 6)
+        # 3 iterations of 2 draws, as many at x for the null floor, three verdicts of 5, 8 select draws
+        # of the one candidate, and 8 of the chosen
+        assert (record["forwards"], record["backwards"]) == (6 + 6 + 15 + 16, 6)
     # the verdict is the defense's word on what lies on disk, on draws of the role of that name
     with torch.no_grad():
         tape = Tape(0, "verdict", torch.arange(8)).draws(5)
