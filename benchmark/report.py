@@ -67,7 +67,7 @@ def compact(runs: Iterable[dict[str, Any]]) -> str:
     """
     runs = [r for r in runs if r["records"]]
     used = {run["names"]["attack"] for run in runs}
-    attacks = sorted(used, key=lambda a: (a not in HEADLINE, a != "pgd", a))
+    attacks = sorted(used, key=lambda a: (_base(a) not in HEADLINE, _base(a) != HEADLINE[0], a))
     head = [*"purifier classifier norm eps n draws".split(), "clean % [95 %]", *(f"{a} %" for a in attacks)]
     head += ["worst case % [95 %]", "random noise %"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
@@ -81,7 +81,7 @@ def compact(runs: Iterable[dict[str, Any]]) -> str:
             continue
         for attack, row in rows_of.items():
             displays.setdefault(attack, []).append(row["display"])
-        whole = set(HEADLINE) <= set(rows_of)
+        whole = set(HEADLINE) <= set(map(_base, rows_of))
         one = _worst_row(group) if whole else next(iter(rows_of.values()))
         cells = [str(one[k]) for k in ("purifier", "classifier", "norm", "eps", "n", "draws")] + [
             _with_interval(one, "clean"),
@@ -92,6 +92,11 @@ def compact(runs: Iterable[dict[str, Any]]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     legend = [f"{a}: {' or '.join(dict.fromkeys(displays[a]))}" for a in attacks if a in displays]
     return "\n".join([*lines, "", f"{'; '.join(legend + _specs(runs))}."]) + "\n"
+
+
+def _base(attack: str) -> str:
+    """The name in an attack's spec."""
+    return attack.split(":")[0]
 
 
 def _specs(runs: Sequence[dict[str, Any]]) -> list[str]:
