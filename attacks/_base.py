@@ -44,6 +44,8 @@ class Attack(ABC):
     victim's tape under a site of its own.
     """
 
+    versions: int = 1
+    """How many candidates per image it returns on a stochastic defense."""
     package: ClassVar[str | None] = None
     """The distribution that does the work on a deterministic defense, if not this code; it takes whole blocks."""
 
@@ -114,7 +116,10 @@ class Attack(ABC):
 
     def _enforced(self, candidate: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
         if candidate.shape != x.shape or not candidate.isfinite().all():
-            raise AttackError(f"{type(self).__name__} returned non-finite values or shape {tuple(candidate.shape)}")
+            raise AttackError(
+                f"{type(self).__name__} returned shape {tuple(candidate.shape)} or values that aren't finite; "
+                "in the latter case look at the defense's gradient first"
+            )
         inside = threat.enforce(candidate.to(x.dtype), x)
         moved = (inside - candidate).abs().max().item()
         if moved > 1e-6:

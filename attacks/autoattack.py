@@ -38,6 +38,7 @@ class AutoAttack(Attack):
     def __init__(self, *, steps: int = 100, eot: int = 20):
         self.steps, self.eot = steps, eot
         self.members = [APGD(steps=steps, eot=eot, loss=loss) for loss in self.LOSSES]
+        self.versions = len(self.members)
 
     STANDARD_FORWARDS, STANDARD_BACKWARDS = 7_864, 1_910
     """What one image that stays robust costs under the package's standard version with ten classes."""

@@ -45,6 +45,7 @@ class PGD(Attack):
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
         self.steps, self.eot, self.step_factor, self.restarts = steps, eot, step, restarts
+        self.versions = restarts
         self.loss, self.random_start = LOSSES[loss], random_start
         self.loss_name = loss
 

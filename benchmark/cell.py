@@ -146,7 +146,7 @@ class Cell:
             raise UsageError(f"--batch-size {self.rows}: row counts are multiples of 32, so that no row sees its place")
         self.plan: Plan = plan(
             self.attack, stochastic=self.stochastic, nfe=defense.nfe, n=self.n, select=self.select, draws=self.draws,
-            versions=len(getattr(self.attack, "members", [])) or getattr(self.attack, "restarts", 1),
+            versions=1 if self.whole_blocks else self.attack.versions,
         )  # fmt: skip
         display = self.attack.display(self.stochastic)
         if self.whole_blocks:
@@ -205,7 +205,7 @@ class Cell:
             return
         few = slice(0, min(8, len(self.data)))
         checks = preflight(
-            self.defense, VIEWS[self.settings.view](), self.data.images(few).to(self.device),
+            self.defense, VIEWS[self.settings.view](keep=1), self.data.images(few).to(self.device),
             self.data.labels[few].to(self.device), self.data.ids[few], seed=self.settings.seed, rows=32,
         )  # fmt: skip
         if failed := failures(checks):

@@ -136,8 +136,6 @@ def load(kind: str, name: str, argument: str | None = None) -> type:
     plugins = {p.name.replace("_", "-"): p for p in importlib.metadata.entry_points(group=kind)}
     if name not in names(kind):
         raise UsageError(unknown(kind[:-1], name, names(kind)))
-    if argument is not None:
-        raise UsageError(f"{name}:{argument}: {name} takes no argument; options are written {name}:key=value")
     if name in plugins:
         return plugins[name].load()
     module = importlib.import_module(f"{kind}.{name.replace('-', '_')}")
@@ -177,12 +175,8 @@ def resolve(component: type, spec: Spec, defaults: Mapping[str, Value] | None = 
 def unknown(kind: str, name: str, known: list[str]) -> str:
     """The message for a name that doesn't exist: the nearest ones, and the whole list."""
     near = difflib.get_close_matches(name, known, 3, 0.5)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return (
-        f"unknown {kind} {name!r}{hint} known: {', '.join(known) or 'none'}"
-        if hint
-        else (f"unknown {kind} {name!r}; known: {', '.join(known) or 'none'}")
-    )
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"unknown {kind} {name!r}; {hint}known: {', '.join(known) or 'none'}"
 
 
 def _hint(component: type, parameter: inspect.Parameter) -> Any:
