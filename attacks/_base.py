@@ -115,17 +115,15 @@ class Attack(ABC):
         return Found(candidates, state["broken_at"], state.get("package_correct"), victim.forwards, victim.backwards)
 
     def _enforced(self, candidate: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
-        if candidate.shape != x.shape or not candidate.isfinite().all():
-            raise AttackError(
-                f"{type(self).__name__} returned shape {tuple(candidate.shape)} or values that aren't finite; "
-                "in the latter case look at the defense's gradient first"
-            )
+        name = type(self).__name__
+        if candidate.shape != x.shape:
+            raise AttackError(f"{name} returned shape {tuple(candidate.shape)} for images of shape {tuple(x.shape)}")
+        if not candidate.isfinite().all():
+            raise AttackError(f"{name} returned values that aren't finite: look at the defense's gradient first")
         inside = threat.enforce(candidate.to(x.dtype), x)
         moved = (inside - candidate).abs().max().item()
         if moved > 1e-6:
-            raise AttackError(
-                f"{type(self).__name__} left the {threat.norm} ball of {threat.eps} by {moved:.2g} in an element"
-            )
+            raise AttackError(f"{name} left the {threat.norm} ball of {threat.eps} by {moved:.2g} in an element")
         return inside
 
 
