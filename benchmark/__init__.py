@@ -20,24 +20,33 @@ def load(
     *,
     copies: int = 1,
     combine: str = "logits",
+    norm: str = "Linf",
     weights: str | None = None,
+    offline: bool = False,
+    trust: bool = False,
 ) -> Defense:
     """A defense by name, with the weights that its cards name: an ``nn.Module``, images in [0, 1] → logits.
 
     Args:
         purifier: a spec, e.g. "diffpure:t_star=0.1" or "file:mine.py:Mine".
         classifier: a spec.
-        dataset: whose weights.
+        dataset: whose weights; a data set's spec, e.g. "cifar10".
         copies: purified copies per image.
         combine: what is averaged over them: "logits", "probabilities" or "vote".
-        weights: a folder with further cards.
+        norm: for which threat model a classifier of RobustBench was made, unless its spec says so.
+        weights: a folder with further cards and checkpoints.
+        offline: fetch nothing.
+        trust: load checkpoints that execute code.
 
     Raises:
         UsageError: for unknown names or options, or weights that are missing or altered.
     """
     from benchmark import defenses  # heavy: torch
 
-    return defenses.load(purifier, classifier, dataset, copies=copies, combine=combine, weights=weights)
+    return defenses.load(
+        purifier, classifier, dataset, copies=copies, combine=combine, norm=norm, weights=weights, offline=offline,
+        trust=trust,
+    )  # fmt: skip
 
 
 def evaluate(

@@ -23,7 +23,7 @@ from attacks._views import affordable
 from benchmark import config, data, defenses, registry, report
 from benchmark.errors import RunError, UsageError
 from benchmark.plan import Plan, plan
-from benchmark.preflight import failures, preflight
+from benchmark.preflight import accuracy_check, failures, preflight
 from benchmark.results import Run, environment, read_run
 from purifiers import Defense, Tape
 
@@ -70,16 +70,36 @@ class Settings:
     data_dir: str | None = None
     weights: str | None = None
     offline: bool = False
+    trust: bool = False
+    """Load checkpoints that execute code."""
     preflight: bool = True
     mixed_environment: bool = False
     stop_after: float | None = None
     quiet: bool = False
 
+    @property
+    def images(self) -> int:
+        """How many images are evaluated."""
+        n = config.budget(self.budget, torch.device(self.device).type).n if self.n is None else self.n
+        if n < 1:
+            raise UsageError(f"--n-examples {n}: at least one image is needed")
+        return n
+
+    def examples(self, source: str | tuple[Tensor, Tensor] | data.Dataset) -> data.Dataset:
+        """At least as many examples, by name or from tensors; an error if there are fewer."""
+        if isinstance(source, str):
+            source = data.load(source, self.images, data_dir=self.data_dir, offline=self.offline)
+        elif not isinstance(source, data.Dataset):
+            source = _from_tensors(*source)
+        source.first(self.images)
+        return source
+
 
 class Cell:
     """One cell of a table, ready to run: components, identity, plan and folder."""
 
-    def __init__(self, defense: Defense, source: str | tuple[Tensor, Tensor], attack: str, settings: Settings):
+    def __init__(self, defense: Defense, source: str | tuple[Tensor, Tensor] | data.Dataset, attack: str,
+                 settings: Settings):  # fmt: skip
         self.settings = s = settings
         self.device = torch.device(s.device)
         chosen = config.budget(s.budget, self.device.type)
@@ -87,10 +107,7 @@ class Cell:
             raise UsageError(registry.unknown("norm", s.norm, sorted(NORMS)))
         if s.view not in VIEWS:
             raise UsageError(registry.unknown("view", s.view, sorted(VIEWS)))
-        self.n = chosen.n if s.n is None else s.n
-        if self.n < 1:
-            raise UsageError(f"--n-examples {self.n}: at least one image is needed")
-        self.data = _data(source, self.n, s)
+        self.n, self.data = s.images, s.examples(source)
         described = defenses.describe(defense)
         defense = self.defense = defenses.tamed(defense, self.data.images(slice(0, 8))).to(self.device)
         self.stochastic = defense.stochastic
@@ -112,8 +129,8 @@ class Cell:
         self.attacker = defense
         if s.attacker:
             self.attacker = defenses.load(
-                s.attacker, described["names"]["classifier"], self.data.family,
-                copies=defense.copies, combine=defense.combine, weights=s.weights,
+                s.attacker, described["names"]["classifier"], self.data.form, copies=defense.copies,
+                combine=defense.combine, norm=s.norm, weights=s.weights, offline=s.offline, trust=s.trust,
             ).to(self.device)  # fmt: skip
         self.identity = config.Identity(
             dataset=self.data.name,
@@ -208,6 +225,10 @@ class Cell:
             self.defense, VIEWS[self.settings.view](keep=1), self.data.images(few).to(self.device),
             self.data.labels[few].to(self.device), self.data.ids[few], seed=self.settings.seed, rows=32,
         )  # fmt: skip
+        if (expected := getattr(self.defense, "accuracy", None)) is not None:
+            few = slice(0, min(64, len(self.data)))
+            x, y = self.data.images(few).to(self.device), self.data.labels[few].to(self.device)
+            checks.append(accuracy_check(self.defense.classifier, x, y, expected, rows=32))
         if failed := failures(checks):
             lines = "\n".join(f"  {c.id}: {c.value} (expected {c.threshold}): {c.advice}" for c in failed)
             raise RunError(
@@ -326,19 +347,13 @@ class Cell:
         return (predicted != y[:, None]).sum(1)
 
 
-def _data(source: str | tuple[Tensor, Tensor], n: int, s: Settings) -> data.Dataset:
-    """At least n examples, by name or from tensors."""
-    if isinstance(source, str):
-        pool = data.load(source, n, data_dir=s.data_dir, offline=s.offline)
-        pool.first(n)  # an error if there are fewer
-        return pool
-    images, labels = source
+def _from_tensors(images: Tensor, labels: Tensor) -> data.Dataset:
+    """The caller's own images and labels."""
     if images.ndim != 4 or len(images) != len(labels) or images.min() < 0 or images.max() > 1:
         raise UsageError("data tensors are (images in [0, 1] of shape (N, C, H, W), labels of shape (N,))")
     digest = hashlib.sha256(images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()
-    if n > len(labels):
-        raise UsageError(f"the tensors hold {len(labels):,} examples, n asked for {n:,}")
-    return data.Dataset("tensors", images, labels.long(), torch.arange(len(labels)), digest, int(labels.max()) + 1)
+    form = data.Form("tensors", tuple(images.shape[1:]), int(labels.max()) + 1)  # type: ignore[arg-type]
+    return data.Dataset("tensors", images, labels.long(), torch.arange(len(labels)), digest, form)
 
 
 def _classes(logits: Tensor) -> Tensor:

@@ -7,15 +7,22 @@ its sha256. A part with a ``config.json`` of diffusers is built from that, so a 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import inspect
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
-from benchmark import registry
+from benchmark import registry, zoo
+from benchmark.data import Form
 from benchmark.errors import UsageError
+from benchmark.fetch import network, obtain, sha256
 from benchmark.registry import Spec
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -23,20 +30,43 @@ SHIPPED = Path(__file__).parent / "weights"
 
 @dataclass(frozen=True)
 class Component:
-    """A purifier or classifier, ready, with what identifies it: the canonical spec and its weights' hashes."""
+    """A purifier or classifier, ready, with what identifies it: the canonical spec and its weights' hashes.
+
+    ``accuracy`` is the clean accuracy that a classifier's publisher or card gives, a fraction, or None.
+    """
 
     module: nn.Module
     spec: Spec
     weights: dict[str, str]
+    accuracy: float | None = None
 
 
-def cards(dataset: str, roots: list[Path] | None = None) -> dict[str, Path]:
+@dataclass(frozen=True)
+class Need:
+    """What components are needed for, and what may be done to get them.
+
+    Args:
+        form: the images and classes that they have to fit.
+        norm: the run's threat model, for which a robust classifier is taken.
+        roots: folders with further weights.
+        offline: fetch nothing.
+        trust: load checkpoints that execute code.
+    """
+
+    form: Form
+    norm: str = "Linf"
+    roots: tuple[Path, ...] = ()
+    offline: bool = False
+    trust: bool = False
+
+
+def cards(dataset: str, roots: Sequence[Path] = ()) -> dict[str, Path]:
     """The cards for a data set, by name; earlier roots win."""
     found: dict[str, Path] = {}
-    for root in roots or []:
+    for root in roots:
         if not root.is_dir():
             raise UsageError(f"--weights {root}: no such folder")
-    for root in [*(roots or []), SHIPPED]:
+    for root in [*roots, SHIPPED]:
         for card in sorted((root / dataset).glob("*/card.json")):
             found.setdefault(card.parent.name, card)
     return found
@@ -54,51 +84,105 @@ def read_card(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} isn't a card: {error}; restore it, or train the weights again") from error
 
 
-def names(kind: str, dataset: str, roots: list[Path] | None = None) -> list[str]:
+def names(kind: str, dataset: str, roots: Sequence[Path] = ()) -> list[str]:
     """What a spec may name: component files that need no weights or have a card, and the cards themselves."""
     described = {n: read_card(p)["kind"] for n, p in cards(dataset, roots).items()}
     return sorted(set(registry.names(kind)) | {n for n, k in described.items() if k == kind})
 
 
-def build(
-    kind: str, text: str | Spec, dataset: str, shape: tuple[int, int, int], roots: list[Path] | None = None
-) -> Component:
-    """The component of a spec with the weights of its card.
+def build(kind: str, text: str | Spec, need: Need) -> Component:
+    """The component of a spec, with the weights of its card or its zoo.
 
     Raises:
         UsageError: for an unknown name or option, a value out of range, missing or altered weights.
     """
     spec = registry.parse(text) if isinstance(text, str) else text
-    path = cards(dataset, roots).get(spec.name)
+    if kind == "classifiers" and spec.name in zoo.ZOOS:
+        return _from_zoo(spec, need)
+    family, shape, classes = need.form
+    path = cards(family, need.roots).get(spec.name)
     card = read_card(path) if path else {}
     if path and card["kind"] != kind:
         raise UsageError(f"{spec.name} is one of the {card['kind']}, not of the {kind}")
     if not path and spec.name != "file" and spec.name not in registry.names(kind):
-        raise UsageError(registry.unknown(kind[:-1], spec.name, names(kind, dataset, roots)))
+        raise UsageError(registry.unknown(kind[:-1], spec.name, names(kind, family, need.roots)))
     component = registry.load(kind, card.get("component", spec.name), spec.argument)
     options = registry.resolve(component, spec, card.get("options"))
-    parts: dict[str, nn.Module] = component.parts(shape, card.get("size", "tiny"))  # type: ignore[attr-defined]
+    sizes = (shape, card.get("size", "tiny")) + ((classes,) if kind == "classifiers" else ())
+    fresh: dict[str, nn.Module] = component.parts(*sizes) if hasattr(component, "parts") else {}
     hashes = registry.source(spec)
-    for part in parts:
+    for part in fresh:
         if path is None:
             raise UsageError(
-                f"no weights for {spec.name} on {dataset}; train them: "
-                f"python -m benchmark train {spec.name} --dataset {dataset}, then --weights FOLDER"
+                f"no weights for {spec.name} on {family}; train them: "
+                f"python -m benchmark train {spec.name} --dataset {family}, then --weights FOLDER"
             )
-        parts[part], hashes[part] = _load_part(path.parent, part, card["files"][part], parts[part])
+        fresh[part], hashes[part] = _load_part(path.parent, part, card["files"][part], fresh[part])
     if spec.name == "file":  # code from outside the repository: another text is another component
         hashes["file"] = sha256(Path(str(spec.argument).partition(":")[0]))
     try:
-        module: nn.Module = component(*parts.values(), **options)
+        module: nn.Module = component(*fresh.values(), **options)
     except ValueError as error:
         raise UsageError(f"{spec.name}: {error}") from error
-    return Component(module.eval().requires_grad_(False), Spec(spec.name, spec.argument, options), hashes)
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"{spec}: {spec.argument} returned {type(module).__name__}, not a torch.nn.Module")
+    if not fresh and module.state_dict():  # it brought weights of its own
+        hashes["module"] = fingerprint(module)
+    accuracy = card.get("measured", {}).get("test", {}).get("accuracy") if kind == "classifiers" else None
+    return Component(
+        module.eval().requires_grad_(False), Spec(spec.name, spec.argument, options), hashes, accuracy
+    )  # fmt: skip
 
 
-def sha256(path: Path) -> str:
-    """The sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _from_zoo(spec: Spec, need: Need) -> Component:
+    """A classifier of another package."""
+    found, options = in_zoo(spec, need)
+    paths = [obtain(remote, offline=need.offline) for remote in found.files]
+    with zoo.trusting(need.trust, ", ".join(map(str, paths)) or str(spec)), network(not need.offline):
+        module = found.build()
+    hashes = {path.name: sha256(path) for path in paths} or {"module": fingerprint(module)}
+    return Component(
+        module.eval().requires_grad_(False), Spec(spec.name, spec.argument, options), hashes, found.accuracy
+    )
+
+
+def in_zoo(spec: Spec, need: Need) -> tuple[zoo.Model, dict[str, Any]]:
+    """What a zoo says of a classifier, and its options.
+
+    Raises:
+        UsageError: for an unknown name or option.
+    """
+    function = zoo.ZOOS[spec.name]
+    if spec.argument is None:
+        raise UsageError(f"write {spec.name}:NAME; python -m benchmark list classifiers --dataset {need.form.family}")
+    options = registry.resolve(function, spec, {"threat": need.norm} if spec.name == "robustbench" else {})
+    return function(spec.argument, need.form, list(need.roots), **options), options
+
+
+def fingerprint(module: nn.Module) -> str:
+    """The sha256 of all that can move a module's output: its code, its tensors, its plain attributes."""
+    digest = hashlib.sha256(_source(type(module)).encode())
+    for key, value in module.state_dict().items():
+        digest.update(key.encode() + value.detach().cpu().numpy().tobytes())
+    for name, child in module.named_modules():
+        plain = {k: v for k, v in vars(child).items() if _is_plain(v) and not k.startswith("_")}
+        digest.update(f"{name} {type(child).__qualname__} {sorted(plain.items())}".encode())
+    return digest.hexdigest()
+
+
+def _source(cls: type) -> str:
+    """The text of a class, where it has one: another text is another component."""
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):
+        return ""
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value means the same in every process: a number, a string, or a list of them."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str | Fraction)
 
 
 def save(folder: Path, parts: dict[str, nn.Module]) -> dict[str, dict[str, str]]:
@@ -117,25 +201,40 @@ def save(folder: Path, parts: dict[str, nn.Module]) -> dict[str, dict[str, str]]
     return files
 
 
-def _load_part(folder: Path, name: str, entry: dict[str, str], fresh: nn.Module) -> tuple[nn.Module, str]:
-    file = folder / entry["file"]
+def _load_part(folder: Path, name: str, entry: dict[str, Any], fresh: nn.Module) -> tuple[nn.Module, str]:
+    """A part's network with the weights of a card's entry: a file beside the card, or one in an installed package."""
+    package = entry.get("package")
+    file = _in_package(package, entry["file"]) if package else folder / entry["file"]
     found = sha256(file) if file.is_file() else "no such file"
     if found != entry["sha256"]:
-        remedy = (
-            f"restore it from the repository (git checkout -- {file})"
-            if SHIPPED in file.parents
-            else "copy it again from where it was trained"
-        )
-        raise UsageError(
-            f"weights {file}: expected sha256 {entry['sha256']}, found {found}; {remedy}, or train it again: "
-            f"python -m benchmark train {folder.name} --dataset {folder.parent.name} --out NEW_FOLDER"
-        )
+        if package:
+            remedy = f"install it again: python -m pip install --force-reinstall --no-deps {entry['distribution']}"
+        else:
+            remedy = (
+                f"restore it from the repository (git checkout -- {file})"
+                if SHIPPED in file.parents
+                else "copy it again from where it was trained"
+            ) + (
+                f", or train it again: python -m benchmark train {folder.name} --dataset {folder.parent.name} "
+                "--out NEW_FOLDER"
+            )
+        raise UsageError(f"weights {file}: expected sha256 {entry['sha256']}, found {found}; {remedy}")
     from safetensors.torch import load_file
 
+    safe = file.suffix == ".safetensors"
+    state = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+    for old, new in entry.get("rename", {}).items():
+        state = {key.replace(old, new): value for key, value in state.items()}
     config = folder / name / "config.json"
     if config.is_file() and (class_name := json.loads(config.read_text()).get("_class_name")):
         import diffusers
 
         fresh = getattr(diffusers, class_name).from_config(json.loads(config.read_text()))
-    fresh.load_state_dict(load_file(file))
+    fresh.load_state_dict(state)
     return fresh, entry["sha256"]
+
+
+def _in_package(package: str, file: str) -> Path:
+    """A file of an installed package."""
+    found = importlib.util.find_spec(package)
+    return Path((found and found.submodule_search_locations or [package])[0]) / file

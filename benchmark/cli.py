@@ -123,7 +123,10 @@ def _what(sub: argparse.ArgumentParser) -> None:
     machine.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
     machine.add_argument("--data-dir", metavar="FOLDER", help="where data sets lie or go")
     machine.add_argument("--weights", metavar="FOLDER", help="a folder with further cards")
-    machine.add_argument("--offline", action="store_true", help="download nothing")
+    machine.add_argument("--offline", action="store_true", help="open no socket")
+    machine.add_argument(
+        "--trust-checkpoint", action="store_true", help="load checkpoints whose pickles execute code (classifiers)"
+    )
     machine.add_argument("--out", default="results/run", metavar="FOLDER", help="root of the runs (results/run)")
 
 
@@ -136,7 +139,7 @@ def _cells(arguments: argparse.Namespace) -> Any:
         budget=arguments.budget, n=arguments.n_examples, norm=arguments.norm, view=arguments.view,
         attacker=arguments.attacker, draws=arguments.draws, seed=arguments.seed, rows=arguments.batch_size,
         device=_device(arguments.device), out=arguments.out, data_dir=arguments.data_dir,
-        weights=arguments.weights, offline=arguments.offline,
+        weights=arguments.weights, offline=arguments.offline, trust=arguments.trust_checkpoint,
         preflight=not getattr(arguments, "no_preflight", False),
         mixed_environment=getattr(arguments, "mixed_environment", False),
         stop_after=getattr(arguments, "stop_after", None),
@@ -232,7 +235,7 @@ def _tables(arguments: argparse.Namespace) -> int:
 def _list(arguments: argparse.Namespace) -> int:
     from benchmark import checkpoints, config, data, registry
 
-    roots = [Path(arguments.weights)] if arguments.weights else None
+    roots = [Path(arguments.weights)] if arguments.weights else []
     if arguments.kind == "datasets":
         entries: list[dict[str, Any]] = [{"name": name, "radii": config.RADII.get(name, {})} for name in data.names()]
     elif arguments.kind == "budgets":

@@ -38,7 +38,14 @@ BUDGETS = {
 for _budget in BUDGETS.values():
     _budget.attacks["autoattack"] = _budget.attacks["apgd"]
 
-RADII = {"fashion-mnist": {"Linf": "16/255", "L2": "1.5"}}
+RADII = {
+    "fashion-mnist": {"Linf": "16/255", "L2": "1.5"},
+    "mnist": {"Linf": "0.3"},
+    "cifar10": {"Linf": "8/255", "L2": "0.5"},
+    "cifar100": {"Linf": "8/255", "L2": "0.5"},
+    "svhn": {"Linf": "8/255"},
+    "imagenet": {"Linf": "4/255", "L2": "3.0"},
+}
 """Default radii by data set and norm; Fashion-MNIST's other common Linf radius is 0.1."""
 
 

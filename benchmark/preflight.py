@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from scipy.stats import binom
 from torch import Tensor, nn
 
 from attacks._gradient import ce
@@ -25,6 +26,34 @@ class Check(NamedTuple):
     advice: str
 
 
+class RepeatedSite(Exception):
+    """A purifier asked for the noise of one site twice."""
+
+
+class Recording(Tape):
+    """A tape that refuses to be asked for one site twice."""
+
+    def __init__(self, of: Tape, asked: set[tuple]):
+        super().__init__(of.seed, of.role, of.ids, of.draw, of.path)
+        self.asked = asked
+
+    def __getitem__(self, rows: Tensor | slice) -> Recording:
+        return Recording(super().__getitem__(rows), self.asked)
+
+    def fold(self, *site: str | int) -> Recording:
+        return Recording(super().fold(*site), self.asked)
+
+    def draws(self, count: int) -> Recording:
+        return Recording(super().draws(count), self.asked)
+
+    def _words(self, site: tuple[str | int, ...], like: Tensor) -> Tensor:
+        key = (*self.path, *site)
+        if key in self.asked:
+            raise RepeatedSite(f"{key} was asked for twice")
+        self.asked.add(key)
+        return super()._words(site, like)
+
+
 def preflight(defense: Defense, view: View, x: Tensor, y: Tensor, ids: Tensor, *, seed: int, rows: int) -> list[Check]:
     """Run all checks on the first few images; at most about 2 % of a run.
 
@@ -38,8 +67,18 @@ def preflight(defense: Defense, view: View, x: Tensor, y: Tensor, ids: Tensor, *
     repeat = torch.arange(rows) % len(x)
     images = x[repeat]
     tape = Tape(seed, "preflight", ids[repeat], torch.arange(rows) // len(x))
+    asked: set[tuple] = set()
     with torch.no_grad():
-        purified = _purify(defense, images, tape)
+        try:
+            purified = _purify(defense, images, Recording(tape, asked))
+            repeated = ""
+        except RepeatedSite as error:
+            purified, repeated = _purify(defense, images, tape), str(error)
+        if purified.shape != images.shape or purified.dtype != images.dtype:
+            return [_check(
+                "shape", False, f"{tuple(purified.shape)} {purified.dtype}", f"{tuple(images.shape)} {images.dtype}",
+                "a purifier returns images of the shape and dtype that it was given",
+            )]  # fmt: skip
         logits = defense(images, tape)
         again = defense(images, tape)
         other = defense(images, tape.fold("other"))
@@ -65,6 +104,10 @@ def preflight(defense: Defense, view: View, x: Tensor, y: Tensor, ids: Tensor, *
             "range", low >= -1e-6 and high <= 1 + 1e-6, f"[{low:.3g}, {high:.3g}]", "[0, 1]",
             "a purifier returns images in [0, 1]: clamp in finish, inside the gradient",
         ),
+        _check(
+            "noise-sites", not repeated, repeated, "each asked for once",
+            "two draws under one name are one draw: name each, e.g. noise.normal('reverse', k, like=x)",
+        ),
         _check("eval-mode", not training, ", ".join(training[:3]), "no module training", "call defense.eval()"),
         _check(
             "repeatable", repeatable <= 1e-5 * scale, repeatable, 1e-5 * scale,
@@ -83,6 +126,28 @@ def preflight(defense: Defense, view: View, x: Tensor, y: Tensor, ids: Tensor, *
         ),
     ]  # fmt: skip
     return checks + _gradient_checks(defense, view, x[:2], y[:2], Tape(seed, "preflight", ids[:2]))
+
+
+def accuracy_check(classifier: nn.Module, x: Tensor, y: Tensor, expected: float, rows: int) -> Check:
+    """Whether a classifier reads what its publisher says: a wrong or damaged checkpoint does not.
+
+    Fails if so few of the images would be right with probability below 0.001, were the stated accuracy true.
+
+    Args:
+        classifier: f, without its purifier.
+        x, y: unperturbed images of the data set it was made for.
+        expected: its stated clean accuracy, a fraction.
+        rows: images per call.
+    """
+    with torch.no_grad():
+        right = sum(
+            int((classifier(a).argmax(1) == b).sum()) for a, b in zip(x.split(rows), y.split(rows), strict=True)
+        )
+    least = int(binom.ppf(1e-3, len(x), expected))
+    return _check(
+        "clean-accuracy", right >= least, f"{right} of {len(x)} images", f"{least}, at a stated {expected:.1%}",
+        "the classifier doesn't read what its card or leaderboard says: another checkpoint, or another data set",
+    )  # fmt: skip
 
 
 def failures(checks: list[Check]) -> list[Check]:

@@ -13,7 +13,7 @@ import pkgutil
 import re
 import sys
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -123,7 +123,7 @@ def load(kind: str, name: str, argument: str | None = None) -> type:
     Args:
         kind: "purifiers", "attacks" or "classifiers".
         name: the file's name, an entry point's name, or "file".
-        argument: for "file": ``PATH.py:Class``.
+        argument: for "file": ``PATH.py:Class``, or, but for attacks, ``PATH.py:function`` that makes a module.
 
     Raises:
         UsageError: for an unknown name, with the nearest and all; for an argument that nothing reads; or for a file
@@ -151,13 +151,13 @@ def source(spec: Spec) -> dict[str, str]:
     return {"source": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def options(component: type) -> dict[str, inspect.Parameter]:
-    """The keyword-only parameters of a component's constructor."""
+def options(component: Callable) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of a component's constructor, or of a function that makes one."""
     parameters = inspect.signature(component).parameters
     return {k: p for k, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def resolve(component: type, spec: Spec, defaults: Mapping[str, Value] | None = None) -> dict[str, Any]:
+def resolve(component: Callable, spec: Spec, defaults: Mapping[str, Value] | None = None) -> dict[str, Any]:
     """Every option of a component: the class's defaults, then a card's, then the spec's, each of the declared type.
 
     Raises:
@@ -179,14 +179,14 @@ def unknown(kind: str, name: str, known: list[str]) -> str:
     return f"unknown {kind} {name!r}; {hint}known: {', '.join(known) or 'none'}"
 
 
-def _hint(component: type, parameter: inspect.Parameter) -> Any:
+def _hint(component: Callable, parameter: inspect.Parameter) -> Any:
     """The type of an option; annotations are strings wherever a module postpones them."""
     hint = parameter.annotation
     if hint is inspect.Parameter.empty:
         return type(parameter.default)
     if not isinstance(hint, str):
         return hint
-    constructor = inspect.unwrap(component.__init__)  # type: ignore[misc]
+    constructor = inspect.unwrap(component.__init__ if inspect.isclass(component) else component)  # type: ignore[misc]
     return eval(hint, constructor.__globals__)
 
 
@@ -226,9 +226,13 @@ def _from_file(kind: str, argument: str | None) -> type:
     sys.modules[module_spec.name] = module  # where inspect and dataclasses look for it
     module_spec.loader.exec_module(module)
     found = {c.__name__: c for c in _components(kind, module)}
+    made = getattr(module, name, None) if name and not name.startswith("_") else None
+    if name not in found and callable(made) and kind != "attacks":
+        return made  # any function or class that makes a module
     if name not in found and not (not name and len(found) == 1):
         raise UsageError(
             f"file:{argument}: {unknown(BASES[kind], name, sorted(found))}; "
             f"the class must derive from {kind}.{BASES[kind]}"
+            + ("" if kind == "attacks" else ", or name a function that returns a torch.nn.Module")
         )
     return found[name] if name else next(iter(found.values()))

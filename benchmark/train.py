@@ -86,7 +86,8 @@ def train(
     images = images if limit is None else images.first(limit)
     torch.manual_seed(recipe.seed)
     component = registry.load(recipe.kind, recipe.component)
-    parts = component.parts(images.shape, recipe.size)  # type: ignore[attr-defined]
+    classes = (images.classes,) if recipe.kind == "classifiers" else ()
+    parts = component.parts(images.shape, recipe.size, *classes)  # type: ignore[attr-defined]
     module = component(*parts.values(), **recipe.options).to(device).train()
     _fit(module, recipe, images, folder / "state.pt", device)
     measured = measure(module, recipe, dataset, data_dir=data_dir, limit=limit)
@@ -102,7 +103,7 @@ def train(
         "data": {
             "dataset": dataset,
             "training_images": len(images),
-            "validation": f"training images {60_000 - data.VALIDATION} to 59,999, never trained on",
+            "validation": f"the last {data.VALIDATION:,} training images, never trained on",
             "sha256": images.fingerprint,
         },
         "measured": measured,
@@ -125,7 +126,8 @@ def measure(
     device = next(module.parameters()).device
     judge = None
     if recipe.kind == "purifiers" and "resnet" in checkpoints.cards(dataset):
-        judge = checkpoints.build("classifiers", "resnet", dataset, data.load(dataset).shape).module.to(device)
+        need = checkpoints.Need(data.form(dataset))
+        judge = checkpoints.build("classifiers", "resnet", need).module.to(device)
     measured = {}
     for split in ("validation", "test"):
         wanted = 10_000 if split == "test" else 1  # a test set at hand may be an excerpt

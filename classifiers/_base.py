@@ -22,6 +22,6 @@ class Classifier(nn.Module):
         }
 
     @classmethod
-    def parts(cls, shape: tuple[int, int, int], size: str = "tiny") -> dict[str, nn.Module]:
-        """Fresh networks for images of ``shape`` (C, H, W), keyed by the constructor's positional parameters."""
+    def parts(cls, shape: tuple[int, int, int], size: str = "tiny", classes: int = 10) -> dict[str, nn.Module]:
+        """Fresh networks: images of ``shape`` (C, H, W) → ``classes`` logits, keyed by the constructor's parameters."""
         return {}

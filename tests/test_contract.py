@@ -11,6 +11,7 @@ import torch
 from attacks import NORMS, VIEWS, Attack, AttackError, Victim
 from attacks._gradient import ce
 from benchmark import registry
+from benchmark.preflight import Recording, RepeatedSite
 from purifiers import Batch, Defense, Tape
 from tests.conftest import CASES, SHAPE, Linear, classifier, images, undefended
 
@@ -83,29 +84,6 @@ def test_global_generators_are_neither_moved_nor_consulted(case, make):
         assert torch.equal(purifier(x, tape(range(2))), out)
 
 
-class Recording(Tape):
-    """A tape that refuses to be asked for one site twice."""
-
-    def __init__(self, of: Tape, asked: set):
-        super().__init__(of.seed, of.role, of.ids, of.draw, of.path)
-        self.asked = asked
-
-    def __getitem__(self, rows):
-        return Recording(super().__getitem__(rows), self.asked)
-
-    def fold(self, *site):
-        return Recording(super().fold(*site), self.asked)
-
-    def draws(self, count):
-        return Recording(super().draws(count), self.asked)
-
-    def _words(self, site, like):
-        key = (*self.path, *site)
-        assert key not in self.asked, f"site {key} was asked for twice"
-        self.asked.add(key)
-        return super()._words(site, like)
-
-
 @every_purifier
 def test_no_site_is_asked_for_twice(case, make):
     purifier, asked = make(case), set()
@@ -118,7 +96,7 @@ def test_the_recording_tape_notices():
     recording = Recording(tape(), set())
     recording.fold("a").normal("b", like=images(B))
     recording.fold("c").normal("b", like=images(B))
-    with pytest.raises(AssertionError, match="asked for twice"):
+    with pytest.raises(RepeatedSite, match="asked for twice"):
         recording.draws(2)[torch.arange(B)].fold("a").normal("b", like=images(B))
 
 

@@ -1,0 +1,223 @@
+"""The contract of a component, checked in seconds: what a newcomer runs before a table, and before asking for help."""
+
+from __future__ import annotations
+
+import time
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attacks import NORMS, VIEWS, Attack, AttackError, Victim
+from attacks._gradient import blocks, margin
+from attacks._views import Exact
+from benchmark import checkpoints, config, defenses, registry
+from benchmark.checkpoints import Need
+from benchmark.data import Dataset
+from benchmark.errors import RunError, UsageError
+from benchmark.plan import plan
+from benchmark.preflight import Check, accuracy_check, preflight
+from purifiers import Defense, Tape
+
+ROWS = 32
+
+
+def purifier(spec: str, need: Need, images: Dataset) -> list[Check]:
+    """A purifier before the data set's ``resnet``, or, where that has no weights, before a linear classifier."""
+    g = checkpoints.build("purifiers", spec, need).module
+    known = checkpoints.cards(need.form.family, need.roots)
+    named = next((n for n in ("resnet", "cifar10-resnet18") if n in known), None)
+    f = checkpoints.build("classifiers", named, need).module if named else Linear(need.form.shape, need.form.classes)
+    defense = defenses.tamed(Defense(g, f), images.images(slice(0, 8)))
+    checks = _checked(defense, images)
+    if any(c.status == "fail" for c in checks):
+        return checks
+    return [*checks, _floor(defense, images, named), *_cost(defense, images)]
+
+
+def classifier(spec: str, need: Need, images: Dataset) -> list[Check]:
+    """A classifier without a purifier; the checks of a checkpoint's accuracy with it."""
+    found = checkpoints.build("classifiers", spec, need)
+    defense = Defense(registry.load("purifiers", "identity")(), found.module)
+    with torch.no_grad():
+        logits = found.module(images.images(slice(0, 4)))
+    shape = (min(4, len(images)), need.form.classes)
+    checks = [
+        Check(
+            "classes", "pass" if tuple(logits.shape) == shape else "fail", str(tuple(logits.shape)), str(shape),
+            f"{need.form.family} has {need.form.classes} classes: one row of as many logits per image",
+        )
+    ]  # fmt: skip
+    if checks[0].status == "fail":
+        return checks
+    checks += _checked(defense, images)
+    few = slice(0, min(64, len(images)))
+    if found.accuracy is None:
+        checks.append(Check("clean-accuracy", "n/a", "", "", "neither a card nor a leaderboard states its accuracy"))
+    else:
+        x, y = images.images(few), images.labels[few]
+        checks.append(accuracy_check(found.module, x, y, found.accuracy, rows=ROWS))
+    return checks if any(c.status == "fail" for c in checks) else [*checks, *_cost(defense, images)]
+
+
+def attack(spec: str, need: Need, images: Dataset) -> list[Check]:
+    """An attack on a linear model, whose exact optimum is known, and on a noisy copy of it."""
+    parsed = registry.parse(spec)
+    component = registry.load("attacks", parsed.name, parsed.argument)
+    options, _ = config.attack_options(parsed, component, config.BUDGETS["quick"], stochastic=True)
+    try:
+        made: Attack = component(**options)
+    except ValueError as error:
+        raise UsageError(f"{parsed.name}: {error}") from error
+    n = 4
+    model = Linear(need.form.shape, max(need.form.classes, 3), two=True)
+    x = 0.25 + 0.5 * images.images(slice(0, n))
+    y = model(x).argmax(1)
+    threat = NORMS[need.norm](Fraction(1, 64) if need.norm == "Linf" else Fraction(1, 2))
+    quiet, noisy = (Defense(_Noisy(sigma=s), model) for s in (0.0, 0.02))
+    before = _generators()
+    try:
+        found = made.perturb(x, y, _victim(noisy, n, True), threat)
+        again = made.perturb(x, y, _victim(noisy, n, True), threat)
+        alone = made.perturb(x[1:2], y[1:2], _victim(noisy, n, True, slice(1, 2)), threat)
+        plain = made.perturb(x, y, _victim(quiet, n, True), threat)
+    except AttackError as error:
+        return [Check("inside-the-threat-model", "fail", str(error), "at most 1e-6 outside", "project in the attack")]
+    moved = before != _generators()
+    gained = (margin(model(plain.candidates[0]), y) - margin(model(x), y)).min()
+    best = model.best_gain(threat)
+    apart = float((alone.candidates[:, 0] - found.candidates[:, 1]).abs().max())
+
+    def check(name: str, good: bool, value: Any, threshold: Any, advice: str) -> Check:
+        return Check(name, "pass" if good else "fail", value, threshold, advice)
+
+    return [
+        check("inside-the-threat-model", True, "", "at most 1e-6 outside", ""),
+        check("repeatable", torch.equal(found.candidates, again.candidates), "", "the same images twice",
+              "take all randomness from victim.tape"),
+        check("batch-independent", apart <= 1e-6, apart, 1e-6, "an image's search depends on its neighbours"),
+        check("global-generators", not moved, "", "untouched", "never seed or draw from torch's global generator"),
+        check("linear-optimum", float(gained) >= 0.9 * best, float(gained) / best, 0.9,
+              "on a linear model the attack gains less than nine tenths of what the threat model allows"),
+        Check("planned-cost", "pass",
+              f"{made.evaluations(True):,} forward and {made.gradients(True):,} backward draws per image at quick", "",
+              ""),
+    ]  # fmt: skip
+
+
+class Linear(nn.Module):
+    """Logits of a linear model, z = W (x - 1/2), with keyed weights; ``two``: only the first two classes matter."""
+
+    w: Tensor
+    b: Tensor
+
+    def __init__(self, shape: tuple[int, int, int], classes: int, *, two: bool = False):
+        super().__init__()
+        like = torch.empty(classes, int(np.prod(shape)))
+        w = Tape(0, "check", torch.arange(classes)).normal("w", like=like) / like.shape[1] ** 0.5
+        if two:
+            w = torch.cat([w[:1], -w[:1], torch.zeros_like(w[2:])])
+        self.register_buffer("w", w)
+        self.register_buffer("b", torch.tensor([0.0, 0.0] + [-50.0 * two] * (classes - 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - 0.5).flatten(1) @ self.w.T + self.b
+
+    def best_gain(self, threat: Any) -> float:
+        """The most by which an attack raises max_{i≠y} z_i - z_y where only two classes matter: 2 eps ‖w‖_dual."""
+        dual = {"Linf": 1, "L2": 2}[threat.norm]
+        return 2 * float(threat.bound) * float(self.w[0].norm(p=dual))
+
+
+def _Noisy(sigma: float) -> nn.Module:
+    """x + sigma n."""
+    from purifiers import Purifier
+
+    class Noisy(Purifier):
+        def start(self, x: Tensor, noise: Any) -> tuple[Tensor, None]:
+            return x + sigma * noise.normal("noise", like=x), None
+
+        def finish(self, state: Tensor, context: None) -> Tensor:
+            return state
+
+    return Noisy()
+
+
+def _victim(defense: Defense, n: int, stochastic: bool, rows: slice = slice(None)) -> Victim:
+    return Victim(defense, VIEWS["exact"](), Tape(0, "attack", torch.arange(n)[rows]), rows=ROWS, stochastic=stochastic)
+
+
+def _generators() -> list:
+    return [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()]  # type: ignore[index]
+
+
+def _checked(defense: Defense, images: Dataset) -> list[Check]:
+    """The preflight, with a component's own exceptions as what they are: a failed check."""
+    few = slice(0, 4)
+    try:
+        return preflight(
+            defense, Exact(keep=1), images.images(few), images.labels[few], images.ids[few], seed=0, rows=ROWS
+        )
+    except (UsageError, RunError):
+        raise
+    except Exception as error:  # whatever a newcomer's code raises
+        where = error.__traceback__
+        while where and where.tb_next:
+            where = where.tb_next
+        place = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}" if where else ""
+        return [Check("runs", "fail", f"{type(error).__name__}: {error}", "no error", f"raised in {place}")]
+
+
+def _floor(defense: Defense, images: Dataset, classifier: str | None) -> Check:
+    """What mean, majority and worst of 9 draws read when nothing is perturbed: no attack is behind such a loss."""
+    n, draws = min(16, len(images)), 9 if defense.stochastic else 1
+    x, y, ids = images.images(slice(0, n)), images.labels[:n], images.ids[:n]
+    right = []
+    with torch.no_grad():
+        for inputs, labels, noise, real in blocks(ROWS, x, y, Tape(0, "clean", ids), draws):
+            right.append((defense(inputs, noise).argmax(1) == labels)[:real])
+    share = torch.cat(right).unflatten(0, (n, draws)).double().mean(1)
+    mean, majority, worst = (
+        float(share.mean()),
+        float((share > 0.5).double().mean()),
+        float((share == 1).double().mean()),
+    )
+    advice = "" if classifier else "no classifier has weights for these images: a linear stand-in judged"
+    return Check(
+        "null-floor", "pass" if classifier else "n/a",
+        f"mean {mean:.1%}, majority {majority:.1%}, worst of {draws} {worst:.1%} (n={n}, {classifier or 'linear'})",
+        "", advice,
+    )  # fmt: skip
+
+
+def _cost(defense: Defense, images: Dataset) -> list[Check]:
+    """What runs would cost on this machine, from one timed gradient of 32 rows."""
+    x = images.images(torch.arange(ROWS) % len(images))
+    tape = Tape(0, "attack", torch.arange(ROWS))
+    victim = Victim(defense, Exact(keep=1), tape, rows=ROWS, stochastic=defense.stochastic)
+    y = images.labels[torch.arange(ROWS) % len(images)]
+    from attacks._gradient import ce
+
+    began = time.perf_counter()
+    victim.evaluate(x, y, ce, "cost", eot=1)
+    seconds = (time.perf_counter() - began) / ROWS
+    checks = []
+    for name in ("quick", "paper"):
+        budget = config.BUDGETS[name]
+        component = registry.load("attacks", "autoattack")
+        options, _ = config.attack_options(registry.Spec("autoattack"), component, budget, defense.stochastic)
+        made = component(**options)
+        draws, select = (budget.draws, budget.select) if defense.stochastic else (1, 1)
+        versions = made.versions if defense.stochastic else 1
+        cost = plan(made, stochastic=defense.stochastic, nfe=defense.nfe, n=budget.n, select=select, draws=draws,
+                    versions=versions)  # fmt: skip
+        hours = cost.n * (cost.backwards + (cost.forwards - cost.backwards) / 3) * seconds / 3600
+        time_text = "about " + (f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:,.0f} min")
+        checks.append(
+            Check(
+                "planned-cost", "pass", f"autoattack at {name}, n={cost.n}: {cost.passes:,} passes, {time_text}", "", ""
+            )
+        )
+    return checks

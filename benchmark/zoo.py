@@ -1,0 +1,253 @@
+"""Classifiers of other packages by name: RobustBench's model zoo, timm, torchvision."""
+
+from __future__ import annotations
+
+import csv
+import os
+import pickle
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from benchmark import data, registry
+from benchmark.data import ASSETS, Form
+from benchmark.errors import UsageError
+from benchmark.fetch import Remote
+from classifiers._pretrained import Pretrained
+
+
+class Model(NamedTuple):
+    """A classifier of a zoo: the files it needs, how to build it once they are there, and what it should read.
+
+    ``accuracy`` is the publisher's clean accuracy, a fraction, or None if there is none.
+    """
+
+    files: list[Remote]
+    build: Callable[[], nn.Module]
+    accuracy: float | None
+
+
+def folders(roots: list[Path]) -> list[Path]:
+    """Where models are looked for: --weights, RobustBench's own default, the cache."""
+    return [*roots, Path("models"), data.cache_dir() / "models"]
+
+
+# --- RobustBench -------------------------------------------------------------------------------------------------
+
+
+def robustbench(name: str, form: Form, roots: list[Path], *, threat: str = "Linf") -> Model:
+    """A model of RobustBench (Croce et al. 2021, arXiv 2010.09670), from ``FOLDER/DATASET/THREAT/NAME.pt`` or Drive.
+
+    Args:
+        name: the model's ID on the leaderboard.
+        form: the images and classes that it has to fit.
+        roots: folders to look in before the usual ones; the first is where downloads go.
+        threat: Linf, L2 or corruptions: the threat model it was trained for; by default the run's norm.
+
+    Raises:
+        UsageError: for an unknown name, or if robustbench isn't installed.
+    """
+    figures = leaderboard()
+    ids = {n: f for (d, t, n), f in figures.items() if (d, t) == (form.family, threat)}
+    with _quiet():
+        try:
+            from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+            from robustbench.model_zoo.models import model_dicts
+            from robustbench.utils import load_model
+        except ImportError as error:
+            raise UsageError(
+                f"robustbench:{name} needs the package robustbench ({error}): make install, or, in this order, "
+                "python -m pip install 'robustbench>=1.1.1' 'setuptools<82' && python -m pip install -e shims; "
+                "python -m benchmark doctor says what is wrong"
+            ) from error
+    try:
+        zoo = model_dicts[BenchmarkDataset(form.family)][ThreatModel(threat)]
+    except (ValueError, KeyError):
+        pairs = ", ".join(f"{d.value} {t.value}" for d, ts in model_dicts.items() for t in ts)
+        raise UsageError(
+            f"RobustBench has no models for {form.family or 'an unnamed data set'}, {threat}; it has: {pairs}. "
+            "threat=NAME names another threat model; parquet:PATH,family=NAME says which data set the images are"
+        ) from None
+    if name not in zoo:
+        raise UsageError(registry.unknown(f"RobustBench model for {form.family}, {threat}", name, sorted(zoo)))
+    ids_or_one = zoo[name].get("gdrive_id")
+    drive = [ids_or_one] if isinstance(ids_or_one, str) and ids_or_one else (ids_or_one or [])
+    several = isinstance(ids_or_one, list)
+    relative = Path(form.family) / threat / f"{name}.pt"
+    names = [f"{relative}_m{i}.pt" for i in range(len(drive))] if several else [str(relative)] * bool(drive)
+    root = next((r for r in folders(roots) if names and all((r / n).is_file() for n in names)), None)
+    root = root or (roots[0] if roots else folders([])[-1])
+    files = [
+        Remote(root / file, f"https://drive.google.com/uc?id={key}") for file, key in zip(names, drive, strict=True)
+    ] or _hub_file(f"{name.lower().replace('-', '_')}_{form.family}_{threat.lower()}")
+
+    def build() -> nn.Module:
+        with _quiet():
+            return load_model(name, model_dir=str(root), dataset=form.family, threat_model=threat)
+
+    figure = ids.get(name)
+    return Model(files, build, None if figure is None or figure["clean"] is None else figure["clean"] / 100)
+
+
+def leaderboard() -> dict[tuple[str, str, str], dict[str, Any]]:
+    """RobustBench's figures by (data set, threat model, name): clean and robust accuracy in percent, eps, source."""
+    with (ASSETS / "robustbench.csv").open(newline="") as file:
+        return {
+            (row["dataset"], row["threat"], row["name"]): {
+                "clean": float(row["clean"]) if row["clean"] else None,
+                "robust": float(row["robust"]) if row["robust"] else None,
+                "eps": row["eps"],
+            }
+            for row in csv.DictReader(file)
+        }
+
+
+def _hub_file(name: str) -> list[Remote]:
+    """The file that timm will look for in torch's hub folder, for the few models that RobustBench gives to timm."""
+    import timm
+    import torch
+
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
+    if config is None or not config.url:
+        return []
+    return [Remote(Path(torch.hub.get_dir()) / "checkpoints" / config.url.rsplit("/", 1)[1], config.url)]
+
+
+# --- timm and torchvision ----------------------------------------------------------------------------------------
+
+
+def timm(name: str, form: Form, roots: list[Path]) -> Model:
+    """A pretrained ImageNet model of timm, from ``FOLDER/imagenet/timm/NAME.safetensors``, its cache, or its hub.
+
+    Raises:
+        UsageError: for an unknown name, one without weights, or if timm isn't installed.
+    """
+    try:
+        import timm as library
+    except ImportError as error:
+        raise UsageError(f"timm:{name} needs the package timm: python -m pip install timm") from error
+    known = library.list_models(pretrained=True)
+    if name not in known:
+        near = registry.unknown("timm model with weights", name, known).split("known:")[0]
+        raise UsageError(f"{near}there are {len(known):,}: timm.list_models(pretrained=True)")
+    config = library.get_pretrained_cfg(name)
+    _fits(f"timm:{name}", form, config.num_classes)
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    relative = Path("imagenet") / "timm" / f"{name}.safetensors"
+    repository = str(config.hf_hub_id).rstrip("/") if config.hf_hub_id else None
+    url = f"{hub}/{repository}/resolve/main/model.safetensors" if repository else config.url
+    path = next((r / relative for r in folders(roots) if (r / relative).is_file()), None)
+    path = path or _cached(repository) or (roots[0] if roots else folders([])[-1]) / relative
+
+    def build() -> nn.Module:
+        net = library.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+        return Pretrained(net, size=config.input_size[-1], mean=config.mean, std=config.std)
+
+    return Model([Remote(path, url)], build, None)
+
+
+def torchvision(name: str, form: Form, roots: list[Path], *, weights: str = "DEFAULT") -> Model:
+    """A pretrained ImageNet model of torchvision, from ``FOLDER/imagenet/torchvision/FILE``, its cache, or its server.
+
+    Args:
+        name: the model, e.g. resnet50.
+        form: the images and classes that it has to fit.
+        roots: folders to look in before the usual ones; the first is where downloads go.
+        weights: which of its weights, e.g. IMAGENET1K_V1.
+
+    Raises:
+        UsageError: for an unknown name or weights.
+    """
+    import torch
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise UsageError(registry.unknown("torchvision model", name, known))
+    choices = models.get_model_weights(name)
+    if weights != "DEFAULT" and weights not in choices.__members__:
+        raise UsageError(registry.unknown(f"weights of {name}", weights, ["DEFAULT", *choices.__members__]))
+    chosen = choices[weights]
+    _fits(f"torchvision:{name}", form, len(chosen.meta["categories"]))
+    file = chosen.url.rsplit("/", 1)[1]
+    digest = re.search(r"-([0-9a-f]{8,})\.", file)
+    relative = Path("imagenet") / "torchvision" / file
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / file
+    path = next((p for p in [*(r / relative for r in folders(roots)), cached] if p.is_file()), None)
+    path = path or (roots[0] / relative if roots else cached)
+    form_of_input = chosen.transforms()
+
+    def build() -> nn.Module:
+        net = models.get_model(name, weights=None)
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        return Pretrained(net, size=form_of_input.crop_size[0], mean=form_of_input.mean, std=form_of_input.std)
+
+    accuracy = chosen.meta["_metrics"]["ImageNet-1K"]["acc@1"] / 100
+    size = int(chosen.meta["_file_size"] * 2**20)
+    return Model([Remote(path, chosen.url, digest.group(1) if digest else None, size)], build, accuracy)
+
+
+def _fits(what: str, form: Form, classes: int) -> None:
+    if form.classes != classes or form.shape[0] != 3:
+        raise UsageError(
+            f"{what} has {classes:,} classes of colour images, {form.family} has {form.classes:,} classes of shape "
+            f"{form.shape}: use it with --dataset imagenet, or images of its classes with family=imagenet"
+        )
+
+
+def _cached(repository: str | None) -> Path | None:
+    """A model's file in the hub's cache, if an earlier download left it there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, "model.safetensors") if repository else None
+    return Path(found) if isinstance(found, str) else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """RobustBench and what it imports print to stdout, which is for documents, and warn of their own past."""
+    import warnings
+
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def trusting(trust: bool, what: str) -> Iterator[None]:
+    """Load checkpoints safely: no pickle executes code, unless asked to.
+
+    Raises:
+        UsageError: for a checkpoint that only loads by executing code, or that is no checkpoint.
+    """
+    kept = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    if trust:
+        os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # torch's own way to tell a load that isn't ours
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() or "weights only" in str(error).lower():
+            raise UsageError(
+                f"{what} holds more than tensors ({_global(str(error))}): loading it would execute code from the file. "
+                "If you trust where it comes from: --trust-checkpoint"
+            ) from error
+        raise UsageError(f"{what} isn't a checkpoint: {error}; delete it and fetch it again") from error
+    except (RuntimeError, EOFError, KeyError) as error:
+        raise UsageError(f"{what} doesn't fit the network, or is damaged: {error}") from error
+    finally:
+        if trust and kept is None:
+            del os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"]
+
+
+def _global(message: str) -> str:
+    """The name that a pickle wanted, from torch's message."""
+    found = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)", message)
+    return next((g for g in found.groups() if g), "an object") if found else "an object"
+
+
+ZOOS: dict[str, Callable[..., Model]] = {"robustbench": robustbench, "timm": timm, "torchvision": torchvision}
