@@ -31,6 +31,8 @@ BLOCK = 32
 """Images that are attacked together, and the unit in which a third-party attack runs and resumes."""
 SAVE_EVERY = 120.0
 """Seconds between saves of an attack under way."""
+KNOWN = 64
+"""Images on which a classifier is held against its stated accuracy."""
 GRAPH_BUDGET = 3 << 30
 """Bytes for stored graphs on a CPU; half of the free memory on a GPU."""
 
@@ -88,7 +90,7 @@ class Settings:
     def examples(self, source: str | tuple[Tensor, Tensor] | data.Dataset) -> data.Dataset:
         """At least as many examples, by name or from tensors; an error if there are fewer."""
         if isinstance(source, str):
-            source = data.load(source, self.images, data_dir=self.data_dir, offline=self.offline)
+            source = data.load(source, max(self.images, KNOWN), data_dir=self.data_dir, offline=self.offline)
         elif not isinstance(source, data.Dataset):
             source = _from_tensors(*source)
         source.first(self.images)
@@ -226,7 +228,7 @@ class Cell:
             self.data.labels[few].to(self.device), self.data.ids[few], seed=self.settings.seed, rows=32,
         )  # fmt: skip
         if (expected := getattr(self.defense, "accuracy", None)) is not None:
-            few = slice(0, min(64, len(self.data)))
+            few = slice(0, min(KNOWN, len(self.data)))
             x, y = self.data.images(few).to(self.device), self.data.labels[few].to(self.device)
             checks.append(accuracy_check(self.defense.classifier, x, y, expected, rows=32))
         if failed := failures(checks):

@@ -22,7 +22,7 @@ from torch import nn
 from benchmark import registry, zoo
 from benchmark.data import Form
 from benchmark.errors import UsageError
-from benchmark.fetch import network, obtain, sha256
+from benchmark.fetch import Remote, network, obtain, sha256
 from benchmark.registry import Spec
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -87,7 +87,14 @@ def read_card(path: Path) -> dict[str, Any]:
 def names(kind: str, dataset: str, roots: Sequence[Path] = ()) -> list[str]:
     """What a spec may name: component files that need no weights or have a card, and the cards themselves."""
     described = {n: read_card(p)["kind"] for n, p in cards(dataset, roots).items()}
-    return sorted(set(registry.names(kind)) | {n for n, k in described.items() if k == kind})
+    bare = {n for n in registry.names(kind) if not _needs_weights(kind, n)}
+    return sorted(bare | {n for n, k in described.items() if k == kind})
+
+
+def _needs_weights(kind: str, name: str) -> bool:
+    """Whether a component has networks."""
+    component = registry.load(kind, name)
+    return component.parts.__func__ is not registry.base(kind).parts.__func__  # type: ignore[attr-defined]
 
 
 def build(kind: str, text: str | Spec, need: Need) -> Component:
@@ -146,6 +153,21 @@ def _from_zoo(spec: Spec, need: Need) -> Component:
     )
 
 
+def remotes(text: str, need: Need) -> list[Remote]:
+    """The files that a spec needs from elsewhere; none where its weights are shipped.
+
+    Raises:
+        UsageError: for an unknown name.
+    """
+    spec = registry.parse(text)
+    if spec.name in zoo.ZOOS:
+        return in_zoo(spec, need)[0].files
+    known = [*names("purifiers", need.form.family, need.roots), *names("classifiers", need.form.family, need.roots)]
+    if spec.name not in known and spec.name != "file":
+        raise UsageError(registry.unknown("purifier or classifier", spec.name, [*known, *zoo.ZOOS]))
+    return []
+
+
 def in_zoo(spec: Spec, need: Need) -> tuple[zoo.Model, dict[str, Any]]:
     """What a zoo says of a classifier, and its options.
 
@@ -201,8 +223,16 @@ def save(folder: Path, parts: dict[str, nn.Module]) -> dict[str, dict[str, str]]
     return files
 
 
-def _load_part(folder: Path, name: str, entry: dict[str, Any], fresh: nn.Module) -> tuple[nn.Module, str]:
-    """A part's network with the weights of a card's entry: a file beside the card, or one in an installed package."""
+def check_files(card: Path) -> int:
+    """How many files a card names; an error if one isn't what it says."""
+    entries = read_card(card)["files"].values()
+    for entry in entries:
+        _checked(card.parent, entry)
+    return len(entries)
+
+
+def _checked(folder: Path, entry: dict[str, Any]) -> Path:
+    """The file of a card's entry, beside the card or in an installed package, if its sha256 is the card's."""
     package = entry.get("package")
     file = _in_package(package, entry["file"]) if package else folder / entry["file"]
     found = sha256(file) if file.is_file() else "no such file"
@@ -219,6 +249,12 @@ def _load_part(folder: Path, name: str, entry: dict[str, Any], fresh: nn.Module)
                 "--out NEW_FOLDER"
             )
         raise UsageError(f"weights {file}: expected sha256 {entry['sha256']}, found {found}; {remedy}")
+    return file
+
+
+def _load_part(folder: Path, name: str, entry: dict[str, Any], fresh: nn.Module) -> tuple[nn.Module, str]:
+    """A part's network with the weights of a card's entry."""
+    file = _checked(folder, entry)
     from safetensors.torch import load_file
 
     safe = file.suffix == ".safetensors"

@@ -75,6 +75,22 @@ def parser() -> argparse.ArgumentParser:
     tables.add_argument("files", nargs="+", type=Path, metavar="FILE", help="with <!-- table: COMMAND --> blocks")
     tables.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is stale")
 
+    check = _command(commands, "check", _check, "check that a component keeps its contract, in seconds")
+    check.add_argument("--purifier", metavar="SPEC", help="e.g. file:mine.py:Mine")
+    check.add_argument("--classifier", metavar="SPEC", help="e.g. robustbench:Carmon2019Unlabeled")
+    check.add_argument("--attack", metavar="SPEC", help="e.g. file:mine.py:MyAttack")
+    _files(check)
+    check.add_argument("--json", action="store_true", help="one object: specs to their checks")
+
+    fetch = _command(commands, "fetch", _fetch, "bring all that a run needs: data, checkpoints")
+    fetch.add_argument("specs", nargs="*", metavar="SPEC", help="classifiers, e.g. robustbench:Carmon2019Unlabeled")
+    _files(fetch)
+    fetch.add_argument("--list", action="store_true", help="fetch nothing; print address, path, size and sha256")
+
+    doctor = _command(commands, "doctor", _doctor, "look for what is missing or broken, and say what mends it")
+    doctor.add_argument("--out", default="results/run", metavar="FOLDER", help="where runs would go (results/run)")
+    doctor.add_argument("--json", action="store_true", help="one object")
+
     names = _command(commands, "list", _list, "what can be named")
     names.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
     names.add_argument("--dataset", default="fashion-mnist", help="whose weights (fashion-mnist)")
@@ -103,7 +119,11 @@ def _what(sub: argparse.ArgumentParser) -> None:
     what.add_argument("--purifier", default="diffpure", metavar="SPECS", help="e.g. identity,vae,diffpure (diffpure)")
     what.add_argument("--classifier", default="resnet", metavar="SPECS", help="e.g. resnet,resnet-at (resnet)")
     what.add_argument("--attack", default="autoattack", metavar="SPECS", help="e.g. pgd,autoattack (autoattack)")
-    what.add_argument("--dataset", default="fashion-mnist", help="a name, or name:split=validation (fashion-mnist)")
+    what.add_argument(
+        "--dataset",
+        default="fashion-mnist",
+        help="a name, name:split=validation, parquet:PATH, folder:PATH (fashion-mnist)",
+    )
     what.add_argument("--copies", type=int, default=1, help="purified copies per image, part of the defense (1)")
     what.add_argument("--combine", default="logits", help="of the copies: logits, probabilities or vote (logits)")
     threat = sub.add_argument_group("threat and attacker")
@@ -121,13 +141,32 @@ def _what(sub: argparse.ArgumentParser) -> None:
     machine = sub.add_argument_group("machine and files")
     machine.add_argument("--batch-size", type=int, metavar="ROWS", help="rows of every network call, a multiple of 32")
     machine.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
-    machine.add_argument("--data-dir", metavar="FOLDER", help="where data sets lie or go")
-    machine.add_argument("--weights", metavar="FOLDER", help="a folder with further cards")
-    machine.add_argument("--offline", action="store_true", help="open no socket")
-    machine.add_argument(
-        "--trust-checkpoint", action="store_true", help="load checkpoints whose pickles execute code (classifiers)"
-    )
+    _sources(machine)
     machine.add_argument("--out", default="results/run", metavar="FOLDER", help="root of the runs (results/run)")
+
+
+def _sources(group: Any) -> None:
+    """Where data and weights lie, and what may be done to get them."""
+    group.add_argument("--data-dir", metavar="FOLDER", help="where data sets lie or go")
+    group.add_argument("--weights", metavar="FOLDER", help="a folder with further cards and checkpoints")
+    group.add_argument("--offline", action="store_true", help="open no socket")
+    group.add_argument("--trust-checkpoint", action="store_true", help="load checkpoints whose pickles execute code")
+
+
+def _files(sub: argparse.ArgumentParser) -> None:
+    """For which data set and threat model, and from where."""
+    sub.add_argument("--dataset", default="fashion-mnist", help="a data set's spec (fashion-mnist)")
+    sub.add_argument("--norm", default="Linf", help="threat model of RobustBench's classifiers (Linf)")
+    _sources(sub)
+
+
+def _need(arguments: argparse.Namespace) -> Any:
+    from benchmark import data
+    from benchmark.checkpoints import Need
+
+    form = data.form(arguments.dataset, data_dir=arguments.data_dir, offline=arguments.offline)
+    roots = (Path(arguments.weights),) if arguments.weights else ()
+    return Need(form, arguments.norm, roots, arguments.offline, arguments.trust_checkpoint)
 
 
 def _cells(arguments: argparse.Namespace) -> Any:
@@ -233,11 +272,13 @@ def _tables(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from benchmark import checkpoints, config, data, registry
+    from benchmark import checkpoints, config, data, registry, zoo
 
     roots = [Path(arguments.weights)] if arguments.weights else []
     if arguments.kind == "datasets":
-        entries: list[dict[str, Any]] = [{"name": name, "radii": config.RADII.get(name, {})} for name in data.names()]
+        entries: list[dict[str, Any]] = [
+            {"name": name, "about": data.about(name), "radii": config.RADII.get(name, {})} for name in data.names()
+        ]
     elif arguments.kind == "budgets":
         entries = [
             {"name": b.name, "n": b.n, "select": b.select, "draws": b.draws, "attacks": b.attacks}
@@ -251,13 +292,23 @@ def _list(arguments: argparse.Namespace) -> int:
             _describe(arguments.kind, name, json.loads(cards[name].read_text()) if name in cards else {})
             for name in checkpoints.names(arguments.kind, arguments.dataset, roots)
         ]
+    if arguments.kind == "classifiers":
+        entries += zoo.listing(arguments.dataset.split(":")[0])
     if arguments.json:
         print(json.dumps(entries, indent=2))
     else:
+        width = max(len(entry["name"]) for entry in entries)
         for entry in entries:
-            rest = {k: v for k, v in entry.items() if k != "name"}
-            print(f"{entry['name']:<12} " + "; ".join(f"{k}: {v}" for k, v in rest.items() if v not in (None, {}, "")))
+            rest = [f"{k}: {_in_words(v)}" for k, v in entry.items() if k != "name" and v not in (None, {}, "")]
+            print(f"{entry['name']:<{width}}  " + "; ".join(rest))
     return DONE
+
+
+def _in_words(value: Any) -> str:
+    """A value of ``list`` on the terminal."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_in_words(v)}" for k, v in value.items())
+    return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
 def _describe(kind: str, name: str, card: dict[str, Any]) -> dict[str, Any]:
@@ -268,6 +319,68 @@ def _describe(kind: str, name: str, card: dict[str, Any]) -> dict[str, Any]:
     about = (component.__doc__ or "").strip().split("\n")[0]
     return {"name": name, "about": about, "options": {k: registry.show(v) for k, v in options.items()},
             "weights": bool(card.get("files"))}  # fmt: skip
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from benchmark import check, data
+
+    wanted = {kind: getattr(arguments, kind) for kind in ("purifier", "classifier", "attack")}
+    wanted = {kind: spec for kind, spec in wanted.items() if spec}
+    if not wanted:
+        raise UsageError("name what to check: --purifier, --classifier or --attack SPEC")
+    need = _need(arguments)
+    images = data.load(arguments.dataset, 64, data_dir=arguments.data_dir, offline=arguments.offline)
+    checks = {spec: getattr(check, kind)(spec, need, images) for kind, spec in wanted.items()}
+    if arguments.json:
+        print(json.dumps({spec: [c._asdict() for c in found] for spec, found in checks.items()}, indent=2))
+    else:
+        for spec, found in checks.items():
+            print(spec)
+            _print_findings(found)
+    return FAILED if any(c.status == "fail" for found in checks.values() for c in found) else DONE
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    from benchmark import checkpoints, data, registry
+    from benchmark.fetch import obtain
+
+    need = _need(arguments)
+    remotes = []
+    for text in [s for item in arguments.specs for e in registry.expand(item) for s in registry.split(e)]:
+        remotes += checkpoints.remotes(text, need)
+    if arguments.list:
+        print("\n".join(map(str, remotes)) or "no file to fetch: all weights named are shipped")
+        return DONE
+    images = data.load(arguments.dataset, 1, data_dir=arguments.data_dir, offline=arguments.offline)
+    print(f"{images.name}: {len(images):,} images or more are at hand")
+    for remote in remotes:
+        path = obtain(remote, offline=arguments.offline)
+        print(f"{path}: sha256 {checkpoints.sha256(path)}, {path.stat().st_size:,} bytes")
+    return DONE
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from benchmark.doctor import findings
+
+    found = findings(arguments.out)
+    if arguments.json:
+        print(json.dumps({"findings": [f._asdict() for f in found]}, indent=2))
+    else:
+        _print_findings(found)
+    broken = any(f.status == "fail" for f in found)
+    print("the main job can't run" if broken else "the main job can run", file=sys.stderr)
+    return FAILED if broken else DONE
+
+
+def _print_findings(found: Sequence[Any]) -> None:
+    """A line per check or finding, and what to do about it."""
+    marks = {"pass": "OK  ", "warn": "WARN", "fail": "FAIL", "n/a": "–   "}
+    for f in found:
+        expected = f" (expected {f.threshold})" if getattr(f, "threshold", "") != "" and f.status == "fail" else ""
+        value = f"{f.value:.3g}" if isinstance(f.value, float) else f.value
+        print(f"{marks[f.status]} {f.id:<24} {value}{expected}")
+        if f.advice and f.status in ("warn", "fail"):
+            print(f"     → {f.advice}")
 
 
 def _train(arguments: argparse.Namespace) -> int:

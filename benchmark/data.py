@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,11 @@ class Request(NamedTuple):
     rows: int
     root: Path
     offline: bool
+
+    @property
+    def whole_blocks(self) -> int:
+        """Rows to the next multiple of 32: a package's attack is never handed a part of a block."""
+        return -(-self.rows // 32) * 32
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,13 @@ def names() -> list[str]:
     return sorted(LOADERS)
 
 
+def about(name: str) -> str:
+    """A line about a data set."""
+    from benchmark.loaders import LOADERS
+
+    return (LOADERS[name].__doc__ or "").strip().split("\n")[0]
+
+
 def load(text: str, at_least: int = 1, *, data_dir: str | None = None, offline: bool = False) -> Dataset:
     """The examples of a data set that are at hand, or, if those are fewer than ``at_least``, all that there are.
 
@@ -105,8 +118,7 @@ def load(text: str, at_least: int = 1, *, data_dir: str | None = None, offline: 
     from benchmark.loaders import LOADERS
 
     spec, options = _read(text)
-    # whole blocks of 32: a package's attack is never handed a part of one
-    request = Request(-(-at_least // 32) * 32, Path(data_dir).expanduser() if data_dir else cache_dir(), offline)
+    request = Request(at_least, Path(data_dir).expanduser() if data_dir else cache_dir(), offline)
     arguments = () if spec.argument is None else (spec.argument,)
     return LOADERS[spec.name](request, *arguments, **options)
 
@@ -127,14 +139,15 @@ def form(text: str, *, data_dir: str | None = None, offline: bool = False) -> Fo
 
 def _read(text: str) -> tuple[registry.Spec, dict]:
     """A data set's spec and all its options."""
-    from benchmark.loaders import FORMS, LOADERS
+    from benchmark.loaders import LOADERS
 
     spec = registry.parse(text)
     if spec.name not in LOADERS:
         raise UsageError(registry.unknown("dataset", spec.name, names()))
-    if spec.name in FORMS and spec.argument is not None:
+    takes_path = "path" in inspect.signature(LOADERS[spec.name]).parameters
+    if spec.argument is not None and not takes_path:
         raise UsageError(f"{text}: {spec.name} takes no argument; options are written {spec.name}:split=validation")
-    if spec.name not in FORMS and spec.argument is None:
+    if spec.argument is None and takes_path:
         raise UsageError(f"{text}: write {spec.name}:PATH")
     options = registry.resolve(LOADERS[spec.name], spec)
     if options["split"] not in SPLITS:

@@ -146,7 +146,7 @@ def celeba(request: Request, *, split: str = "test", attribute: str = "Smiling",
     labels = source.attr[:, known.index(attribute)]
     files = [request.root / source.base_folder / "img_align_celeba" / name for name in source.filename]
     name = _named("celeba", split=(split, "test"), attribute=(attribute, "Smiling"), size=(size, 64))
-    return _decoded(name, "celeba", 2, [p.read_bytes for p in files], labels, request.rows, size, crop=178,
+    return _decoded(name, "celeba", 2, [p.read_bytes for p in files], labels, request.whole_blocks, size, crop=178,
                     order="\n".join(source.filename))  # fmt: skip
 
 
@@ -167,8 +167,8 @@ def imagenet(request: Request, *, split: str = "test", size: int = 224) -> Datas
             f"from https://image-net.org, sort it into one folder per class (torchvision.datasets.ImageNet does), and "
             f"say where it is: --data-dir FOLDER with FOLDER/imagenet/{part}/n01440764/*.JPEG"
         )
-    return _folders(_named("imagenet", split=(split, "test"), size=(size, 224)), "imagenet", found, request.rows, size,
-                    classes=1000)  # fmt: skip
+    name = _named("imagenet", split=(split, "test"), size=(size, 224))
+    return _folders(name, "imagenet", found, request.whole_blocks, size, classes=1000)
 
 
 def _torchvision(name: str, request: Request, **which: Any) -> Any:
@@ -253,17 +253,17 @@ def parquet(
         highest = max([highest, *table.read([label])[label].to_pylist()])
         for batch in table.iter_batches(256, columns=[c for c in (column, label, only) if c]):
             for entry in batch.to_pylist():
-                if len(ids) < request.rows and (not only or entry[only]):
+                if len(ids) < request.whole_blocks and (not only or entry[only]):
                     content = entry[column]
                     images.append(io.BytesIO(content["bytes"] if isinstance(content, dict) else content).getvalue)
                     labels.append(entry[label])
                     ids.append(row)
                 row += 1
-            if len(ids) >= request.rows:
+            if len(ids) >= request.whole_blocks:
                 break
     chosen = {"family": family, "label": (label, "label"), "only": (only, ""), "size": (size, 0)}
     name = _named(f"parquet:{Path(path).name}", split=(split, "test"), **chosen)  # type: ignore[arg-type]
-    return _decoded(name, family, classes or highest + 1, images, labels, request.rows, size, ids=ids,
+    return _decoded(name, family, classes or highest + 1, images, labels, request.whole_blocks, size, ids=ids,
                     order=digest.hexdigest() + name)  # fmt: skip
 
 
@@ -285,7 +285,7 @@ def folder(request: Request, path: str, *, split: str = "test", family: str = ""
     root = root / split if (root / split).is_dir() else root
     family, classes = _family(path, family)
     name = _named(f"folder:{Path(path).name}", split=(split, "test"), family=family, size=(size, 0))
-    return _folders(name, family, root, request.rows, size, classes)
+    return _folders(name, family, root, request.whole_blocks, size, classes)
 
 
 def _shards(path: Path, split: str) -> list[Path]:

@@ -205,14 +205,15 @@ def _typed(value: Value, hint: Any, what: str) -> Any:
     raise UsageError(f"{what} takes {wanted}, got {show(value)!r}")
 
 
+def base(kind: str) -> type:
+    """The class that every component of a kind derives from."""
+    return getattr(importlib.import_module(kind), BASES[kind])
+
+
 def _components(kind: str, module: ModuleType) -> list[type]:
     """The public subclasses of a kind's base that a module itself defines."""
-    base = getattr(importlib.import_module(kind), BASES[kind])
-    return [
-        c
-        for n, c in vars(module).items()
-        if inspect.isclass(c) and issubclass(c, base) and c.__module__ == module.__name__ and not n.startswith("_")
-    ]
+    public = [c for n, c in vars(module).items() if inspect.isclass(c) and not n.startswith("_")]
+    return [c for c in public if issubclass(c, base(kind)) and c.__module__ == module.__name__]
 
 
 def _from_file(kind: str, argument: str | None) -> type:

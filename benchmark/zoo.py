@@ -84,7 +84,7 @@ def robustbench(name: str, form: Form, roots: list[Path], *, threat: str = "Linf
     root = root or (roots[0] if roots else folders([])[-1])
     files = [
         Remote(root / file, f"https://drive.google.com/uc?id={key}") for file, key in zip(names, drive, strict=True)
-    ] or _hub_file(f"{name.lower().replace('-', '_')}_{form.family}_{threat.lower()}")
+    ] or _hub_file(name, f"{name.lower().replace('-', '_')}_{form.family}_{threat.lower()}")
 
     def build() -> nn.Module:
         with _quiet():
@@ -107,15 +107,34 @@ def leaderboard() -> dict[tuple[str, str, str], dict[str, Any]]:
         }
 
 
-def _hub_file(name: str) -> list[Remote]:
-    """The file that timm will look for in torch's hub folder, for the few models that RobustBench gives to timm."""
+def _hub_file(name: str, timm_name: str) -> list[Remote]:
+    """The file that timm or torchvision looks for in torch's hub folder, for the few models that have none on Drive."""
     import timm
     import torch
+    from torchvision.models import ResNet50_Weights
 
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True) if timm.is_model(name) else None
-    if config is None or not config.url:
-        return []
-    return [Remote(Path(torch.hub.get_dir()) / "checkpoints" / config.url.rsplit("/", 1)[1], config.url)]
+    if name == "Standard_R50":
+        url = ResNet50_Weights.IMAGENET1K_V1.url
+    else:
+        url = timm.get_pretrained_cfg(timm_name).url if timm.is_model(timm_name) else ""
+    return [Remote(Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1], url)] if url else []
+
+
+def listing(family: str) -> list[dict[str, Any]]:
+    """What the zoos offer for a data set, with the clean and robust accuracy that they state, in percent."""
+    entries: list[dict[str, Any]] = [
+        {"name": f"robustbench:{name}" + ("" if threat == "Linf" else f",threat={threat}"), "threat": threat,
+         "eps": figures["eps"], "clean": figures["clean"], "robust": figures["robust"]}
+        for (dataset, threat, name), figures in leaderboard().items() if dataset == family
+    ]  # fmt: skip
+    if family == "imagenet":
+        from torchvision import models
+
+        for name in models.list_models(module=models):
+            metrics = models.get_model_weights(name)["DEFAULT"].meta["_metrics"]
+            entries.append({"name": f"torchvision:{name}", "clean": metrics["ImageNet-1K"]["acc@1"]})
+        entries.append({"name": "timm:NAME", "about": "any of timm.list_models(pretrained=True)"})
+    return entries
 
 
 # --- timm and torchvision ----------------------------------------------------------------------------------------
@@ -237,6 +256,8 @@ def trusting(trust: bool, what: str) -> Iterator[None]:
                 "If you trust where it comes from: --trust-checkpoint"
             ) from error
         raise UsageError(f"{what} isn't a checkpoint: {error}; delete it and fetch it again") from error
+    except OSError as error:
+        raise UsageError(f"{what} needs a file from the network: {error}") from error
     except (RuntimeError, EOFError, KeyError) as error:
         raise UsageError(f"{what} doesn't fit the network, or is damaged: {error}") from error
     finally:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmark import checkpoints, cli, data, registry
+from benchmark import checkpoints, cli, data, loaders, registry
 from benchmark.config import BUDGETS
 from benchmark.report import COLUMNS
 from benchmark.results import find_runs
@@ -187,18 +187,19 @@ def test_more_examples_than_there_are(run, tmp_path, capsys, monkeypatch):
     assert run("--n-examples", "5000000") == cli.USAGE
     message = capsys.readouterr().err
     assert "5,000,000" in message and "10,000" in message
-    monkeypatch.setattr(data, "SYSTEM", tmp_path)
+    monkeypatch.setattr(loaders, "SYSTEM", tmp_path)
     assert run("--n-examples", "2000", "--data-dir", str(tmp_path)) == cli.USAGE
     message = capsys.readouterr().err
     assert "apt install dataset-fashion-mnist" in message and "--n-examples up to 1000" in message
 
 
 @pytest.mark.skipif(
-    not (data.SYSTEM / "fashion-mnist" / "train-images-idx3-ubyte.gz").exists(), reason="needs the full Fashion-MNIST"
+    not (loaders.SYSTEM / "fashion-mnist" / "train-images-idx3-ubyte.gz").exists(),
+    reason="needs the full Fashion-MNIST",
 )
 def test_a_split_is_read_from_the_data_folder(run, tmp_path, monkeypatch):
-    folder = data.SYSTEM / "fashion-mnist"
-    monkeypatch.setattr(data, "SYSTEM", tmp_path / "nowhere")
+    folder = loaders.SYSTEM / "fashion-mnist"
+    monkeypatch.setattr(loaders, "SYSTEM", tmp_path / "nowhere")
     assert run("--dataset", "fashion-mnist:split=validation", "--data-dir", str(folder)) == cli.DONE
     (done,) = find_runs([tmp_path / "out"])
     assert [r["id"] for r in done["records"]] == [55_000, 55_001, 55_002, 55_003]
@@ -260,7 +261,7 @@ def test_shipped_weights_are_what_their_cards_say():
     for kind in ("purifiers", "classifiers"):
         for name, card in checkpoints.cards("fashion-mnist").items():
             if json.loads(card.read_text())["kind"] == kind:
-                assert checkpoints.build(kind, name, "fashion-mnist", (1, 28, 28)).weights
+                assert checkpoints.build(kind, name, checkpoints.Need(data.form("fashion-mnist"))).weights
 
 
 # --- the folder of a run

@@ -15,7 +15,7 @@ from scipy.stats import binom, norm
 from torch import Tensor, nn
 
 from attacks import NORMS
-from benchmark import cli, data, evaluate, report, stats
+from benchmark import cli, data, evaluate, loaders, report, stats
 from benchmark.cell import Result
 from benchmark.errors import RunError, UsageError
 from benchmark.results import find_runs
@@ -129,8 +129,9 @@ def test_gaussian_known_answer(tmp_path, name, sigma):
 def test_gaussian_known_answer_by_the_command(tmp_path, monkeypatch, capsys):
     """The same number from ``run`` and ``report`` as a user gives them, the Gaussian being a data set by name."""
     x, y = gaussian()
-    known = data.Dataset("gaussian", x, y, torch.arange(len(y)), "gaussian", 2)
-    monkeypatch.setitem(data.LOADERS, "gaussian", lambda split, at_least, data_dir, offline: known)
+    form = data.Form("gaussian", tuple(x.shape[1:]), 2)
+    known = data.Dataset("gaussian", x, y, torch.arange(len(y)), "gaussian", form)
+    monkeypatch.setitem(loaders.LOADERS, "gaussian", lambda request, *, split="test": known)
     command = [
         "run", "--dataset", "gaussian", "--purifier", f"file:{HERE}:Linear,sigma=0.05",
         "--classifier", f"file:{HERE}:TwoLogits", "--attack", attack_on_gaussian("Linf"), "--eps", RADII["Linf"],

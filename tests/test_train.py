@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmark import checkpoints, cli, data, registry
+from benchmark import checkpoints, cli, data, loaders, registry
 from benchmark import train as training
 from benchmark.errors import UsageError
 from benchmark.train import recipes, train
@@ -17,8 +17,8 @@ from purifiers import Batch, Defense, Tape
 DATASET = "fashion-mnist"
 NAMES = sorted(recipes(DATASET))
 needs_full = pytest.mark.skipif(
-    not (data.SYSTEM / DATASET / "train-images-idx3-ubyte.gz").exists(),
-    reason=f"training needs the full Fashion-MNIST in {data.SYSTEM / DATASET}",
+    not (loaders.SYSTEM / DATASET / "train-images-idx3-ubyte.gz").exists(),
+    reason=f"training needs the full Fashion-MNIST in {loaders.SYSTEM / DATASET}",
 )
 
 
@@ -37,8 +37,7 @@ def tiny(tmp_path, monkeypatch) -> None:
 
 def test_there_is_a_recipe_for_all_that_ships_with_weights():
     assert {"resnet", "resnet-at", "vae", "diffpure"} <= set(NAMES)
-    trained = [n for kind in ("purifiers", "classifiers") for n in registry.names(kind)
-               if registry.load(kind, n).parts((1, 28, 28), "tiny")]  # fmt: skip
+    trained = [n for n in registry.names("purifiers") if registry.load("purifiers", n).parts((1, 28, 28), "tiny")]
     assert set(trained) <= set(NAMES), "a component with networks needs a recipe, or nobody can make its weights"
 
 
@@ -53,13 +52,13 @@ def test_every_recipe_writes_a_card_that_builds(tmp_path, name):
     card = json.loads((folder / "card.json").read_text())
     assert (card["kind"], card["component"], card["size"]) == (recipe.kind, recipe.component, recipe.size)
     assert card["recipe"]["epochs"] == 1 and card["data"]["training_images"] == 256
-    assert card["data"]["sha256"] == data.FASHION_SHA256["train"]
+    assert card["data"]["sha256"] == loaders.FASHION_SHA256["train"]
     assert card["files"] and all(
         checkpoints.sha256(folder / entry["file"]) == entry["sha256"] for entry in card["files"].values()
     )
     assert {split: facts["n"] for split, facts in card["measured"].items()} == {"validation": 256, "test": 256}
 
-    built = checkpoints.build(recipe.kind, name, DATASET, (1, 28, 28), [tmp_path])
+    built = checkpoints.build(recipe.kind, name, checkpoints.Need(data.form(DATASET), roots=(tmp_path,)))
     assert built.weights == {part: entry["sha256"] for part, entry in card["files"].items()}
     assert built.spec.options.items() >= recipe.options.items()
     assert sum(p.numel() for p in built.module.parameters()) == card["parameters"]
@@ -150,7 +149,7 @@ def test_training_without_the_data_says_how_to_get_it(tmp_path, capsys, monkeypa
     def unreachable(*arguments, **keywords):
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(data, "SYSTEM", tmp_path / "system")
+    monkeypatch.setattr(loaders, "SYSTEM", tmp_path / "system")
     monkeypatch.setattr(torchvision.datasets, "FashionMNIST", unreachable)
     assert cli.main(["train", "vae", "--out", str(tmp_path), "--data-dir", str(tmp_path)]) == cli.USAGE
     assert "apt install dataset-fashion-mnist" in capsys.readouterr().err

@@ -1,0 +1,290 @@
+"""What this machine and environment can do: each finding is OK or comes with the command that mends it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib
+import importlib.metadata as metadata
+import importlib.util
+import inspect
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmark.errors import UsageError
+from benchmark.fetch import sha256
+
+REAL_ROBUSTBENCH = (
+    "python -m pip install --no-deps torchattacks && "
+    "python -m pip install --force-reinstall --no-deps robustbench && python -m pip install -e shims"
+)
+EXCERPT = "9a494dc49efeb996f4076c469b31cd058152067b1594ba6ab85dd739fce3775e"
+"""The sha256 of the embedded images and labels."""
+
+
+class Finding(NamedTuple):
+    """One finding: status is "pass", "warn" (an extra doesn't work) or "fail" (the main job can't run)."""
+
+    id: str
+    status: str
+    value: str
+    advice: str = ""
+
+
+def findings(out: str = "results/run", path: Sequence[str] | None = None) -> list[Finding]:
+    """All findings, in the order in which to mend them.
+
+    Args:
+        out: where runs would be written.
+        path: folders of installed packages; by default ``sys.path``.
+    """
+    path = list(sys.path if path is None else path)
+    return [
+        finding
+        for check in (_python, _core, _torch_pair, _device, _data, _weights, _writable(out), _robustbench(path),
+                      _torchattacks(path), _autoattack, _pickle, _tests_package, _parquet)
+        for finding in check()
+    ]  # fmt: skip
+
+
+def _python() -> Iterator[Finding]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    good = sys.version_info >= (3, 11)
+    yield Finding("python", "pass" if good else "fail", version, "" if good else "install Python 3.11 or newer")
+
+
+def _core() -> Iterator[Finding]:
+    """The packages without which nothing runs."""
+    for name in ("torch", "torchvision", "diffusers", "safetensors", "pyautoattack", "pandas", "scipy", "tqdm",
+                 "jaxtyping"):  # fmt: skip
+        try:
+            importlib.import_module(name)
+            yield Finding(name, "pass", _version(name))
+        except Exception as error:  # a broken binary raises whatever it likes on import
+            yield Finding(name, "fail", f"{type(error).__name__}: {error}".split("\n")[0], "python -m pip install -e .")
+
+
+def _torch_pair() -> Iterator[Finding]:
+    """torchvision's compiled operators exist only beside the torch they were built with (one index for both)."""
+    try:
+        import torch
+        from torchvision.ops import nms
+
+        nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([1.0]), 0.5)
+        yield Finding("torch-torchvision", "pass", "built for each other")
+    except Exception as error:
+        yield Finding(
+            "torch-torchvision", "fail", str(error).split("\n")[0],
+            "python -m pip install --force-reinstall torch torchvision  (both from one index)",
+        )  # fmt: skip
+
+
+def _device() -> Iterator[Finding]:
+    try:
+        import torch
+    except ImportError:
+        return
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        name = torch.cuda.get_device_name()
+        yield Finding("device", "pass", f"{name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free")
+    else:
+        threads = torch.get_num_threads()
+        yield Finding("device", "pass", f"no GPU that torch can use: CPU, {threads} threads (budget quick by default)")
+
+
+def _data() -> Iterator[Finding]:
+    if (data := _module("data")) is None:
+        return
+    try:
+        images = data.load("fashion-mnist", 1000, offline=True)
+        digest = hashlib.sha256(images.pixels.numpy().tobytes() + images.labels.numpy().tobytes()).hexdigest()
+        if digest != EXCERPT:
+            raise UsageError(f"sha256 of the embedded images is {digest}, expected {EXCERPT}")
+        yield Finding("data-embedded", "pass", f"{len(images):,} images of fashion-mnist")
+    except Exception as error:
+        yield Finding("data-embedded", "fail", str(error), f"git checkout -- {data.ASSETS}")
+    for name, needed in (("fashion-mnist", 1001), ("mnist", 1), ("cifar10", 1), ("cifar100", 1), ("svhn", 1)):
+        try:
+            yield Finding(f"data-{name}", "pass", f"found: {len(data.load(name, needed, offline=True)):,} images")
+        except UsageError:
+            yield Finding(
+                f"data-{name}", "warn", f"not in {data.cache_dir()}",
+                f"python -m benchmark fetch --dataset {name}  (or --data-dir FOLDER where it is)",
+            )  # fmt: skip
+
+
+def _weights() -> Iterator[Finding]:
+    """Every shipped file against its card."""
+    if (checkpoints := _module("checkpoints")) is None:
+        return
+    for folder in sorted(p for p in checkpoints.SHIPPED.iterdir() if p.is_dir()):
+        for name, card in checkpoints.cards(folder.name).items():
+            try:
+                files = checkpoints.check_files(card)
+                yield Finding(f"weights-{name}", "pass", f"{files} files as their card says")
+            except UsageError as error:
+                status = "fail" if name in ("diffpure", "resnet") else "warn"
+                yield Finding(f"weights-{name}", status, str(error).split(";")[0], str(error).split("; ", 1)[-1])
+
+
+def _writable(out: str) -> Callable[[], Iterator[Finding]]:
+    def check() -> Iterator[Finding]:
+        data = _module("data")
+        for what, folder in (("out", Path(out)), *([("cache", data.cache_dir())] if data else [])):
+            existing = next(p for p in [folder.absolute(), *folder.absolute().parents] if p.exists())
+            try:
+                with tempfile.TemporaryFile(dir=existing):
+                    free = shutil.disk_usage(existing).free / 1e9
+                small = free < 1
+                yield Finding(
+                    f"write-{what}", "warn" if small else "pass", f"{folder}: {free:,.0f} GB free",
+                    "free some disk, or --out elsewhere" if small else "",
+                )  # fmt: skip
+            except OSError as error:
+                advice = "--out FOLDER elsewhere" if what == "out" else "export XDG_CACHE_HOME=FOLDER"
+                yield Finding(f"write-{what}", "fail" if what == "out" else "warn", f"{existing}: {error}", advice)
+
+    return check
+
+
+def _robustbench(path: list[str]) -> Callable[[], Iterator[Finding]]:
+    """robustbench against its own list of files: torchattacks' wheel carries an old copy that overwrites it."""
+
+    def check() -> Iterator[Finding]:
+        found = _installed("robustbench", path)
+        if found is None:
+            yield Finding(
+                "robustbench", "warn", "not installed: no robustbench:NAME classifiers",
+                "python -m pip install 'robustbench>=1.1.1' 'setuptools<82' && python -m pip install -e shims",
+            )  # fmt: skip
+            return
+        changed = _changed(found)
+        if changed:
+            shown = ", ".join(changed[:3]) + ("…" if len(changed) > 3 else "")
+            yield Finding(
+                "robustbench", "warn",
+                f"{len(changed)} files aren't those of robustbench {found.version} ({shown}): torchattacks, installed "
+                "after it, brings an old copy", REAL_ROBUSTBENCH,
+            )  # fmt: skip
+        else:
+            yield Finding("robustbench", "pass", f"{found.version}, its files are its own")
+        setuptools = _installed("setuptools", path)
+        major = int(setuptools.version.split(".")[0]) if setuptools else None
+        if major is None or major >= 82:
+            version = setuptools.version if setuptools else "missing"
+            yield Finding(
+                "pkg_resources", "warn", f"setuptools {version} has no pkg_resources, which robustbench imports",
+                "python -m pip install 'setuptools<82'",
+            )  # fmt: skip
+        else:
+            yield Finding("pkg_resources", "pass", f"setuptools {setuptools.version}")  # type: ignore[union-attr]
+
+    return check
+
+
+def _torchattacks(path: list[str]) -> Callable[[], Iterator[Finding]]:
+    """torchattacks pins a 2021 release of requests, which breaks others if pip obeys it."""
+
+    def check() -> Iterator[Finding]:
+        found = _installed("torchattacks", path)
+        if found is None:
+            yield Finding("torchattacks", "warn", "not installed", REAL_ROBUSTBENCH)
+            return
+        requests = _installed("requests", path)
+        if requests and requests.version.startswith("2.25."):
+            yield Finding(
+                "torchattacks", "warn", f"brought requests {requests.version} of 2021 with it",
+                "python -m pip install --upgrade requests  (torchattacks itself: pip install --no-deps)",
+            )  # fmt: skip
+        else:
+            yield Finding("torchattacks", "pass", found.version)
+
+    return check
+
+
+def _autoattack() -> Iterator[Finding]:
+    """robustbench imports a module that isn't on the package index."""
+    found = importlib.util.find_spec("autoattack")
+    if found is None:
+        yield Finding(
+            "autoattack", "warn", "no module autoattack, which robustbench imports", "python -m pip install -e shims"
+        )
+    else:
+        ours = "shims" in str(found.origin)
+        yield Finding("autoattack", "pass", "the stand-in on pyautoattack" if ours else f"{found.origin}")
+
+
+def _pickle() -> Iterator[Finding]:
+    """Whether torch.load is safe unless told otherwise (since 2.6)."""
+    try:
+        import torch
+    except ImportError:
+        return
+    default = inspect.signature(torch.load).parameters["weights_only"].default
+    forced = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    if forced:
+        yield Finding(
+            "safe-loading", "warn", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set: any checkpoint may execute code",
+            "unset TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD  (--trust-checkpoint asks for it where it is needed)",
+        )  # fmt: skip
+    elif default is False:
+        yield Finding(
+            "safe-loading", "warn", f"torch {torch.__version__} executes pickles in robustbench's checkpoints",
+            "python -m pip install 'torch>=2.6' torchvision",
+        )  # fmt: skip
+    else:
+        yield Finding("safe-loading", "pass", "torch.load takes tensors only")
+
+
+def _tests_package() -> Iterator[Finding]:
+    """robustbench's wheel installs a top-level package ``tests``."""
+    ours = Path("tests/__init__.py").exists()
+    if Path("tests").is_dir() and not ours:
+        yield Finding(
+            "tests-package", "warn", "tests/ has no __init__.py: robustbench's hides it", "touch tests/__init__.py"
+        )
+
+
+def _parquet() -> Iterator[Finding]:
+    if importlib.util.find_spec("pyarrow") is None:
+        yield Finding("parquet", "warn", "no pyarrow: no --dataset parquet:PATH", "python -m pip install pyarrow")
+    else:
+        yield Finding("parquet", "pass", f"pyarrow {_version('pyarrow')}")
+
+
+def _module(name: str) -> Any:
+    """One of the benchmark's own modules, or None where what it imports is broken, which is said already."""
+    try:
+        return importlib.import_module(f"benchmark.{name}")
+    except Exception:
+        return None
+
+
+def _installed(name: str, path: list[str]) -> metadata.Distribution | None:
+    return next(iter(metadata.distributions(name=name, path=path)), None)
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "version unknown"
+
+
+def _changed(found: metadata.Distribution) -> list[str]:
+    """The Python files of a distribution that are missing or other than its RECORD says."""
+    changed = []
+    for file in found.files or []:
+        if file.suffix != ".py" or file.hash is None or not str(file).startswith("robustbench/"):
+            continue
+        path = Path(str(found.locate_file(file)))
+        wanted = base64.urlsafe_b64decode(file.hash.value + "=").hex()
+        if not path.is_file() or sha256(path) != wanted:
+            changed.append(str(file))
+    return changed
