@@ -23,8 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser().parse_args(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
+    from benchmark.fetch import network
+
     try:
-        return arguments.command(arguments) or DONE
+        with network(allowed=not getattr(arguments, "offline", False)):
+            return arguments.command(arguments) or DONE
     except UsageError as error:
         return _complain(error, USAGE)
     except RunError as error:

@@ -23,7 +23,7 @@ REAL_ROBUSTBENCH = (
     "python -m pip install --no-deps torchattacks && "
     "python -m pip install --force-reinstall --no-deps robustbench && python -m pip install -e shims"
 )
-EXCERPT = "9a494dc49efeb996f4076c469b31cd058152067b1594ba6ab85dd739fce3775e"
+EXCERPT = "d9e4badbf69d7ea7ed43572d9220a7a50c9fdb161fe3511cbe3900e8f4ffd1f8"
 """The sha256 of the embedded images and labels."""
 
 

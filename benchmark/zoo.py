@@ -250,12 +250,12 @@ def trusting(trust: bool, what: str) -> Iterator[None]:
     try:
         yield
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "weights only" in str(error).lower():
+        if wanted := _wanted(str(error)):
             raise UsageError(
-                f"{what} holds more than tensors ({_global(str(error))}): loading it would execute code from the file. "
+                f"{what} holds more than tensors ({wanted}): loading it would execute code from the file. "
                 "If you trust where it comes from: --trust-checkpoint"
             ) from error
-        raise UsageError(f"{what} isn't a checkpoint: {error}; delete it and fetch it again") from error
+        raise UsageError(f"{what} isn't a checkpoint; delete it and fetch it again") from error
     except OSError as error:
         raise UsageError(f"{what} needs a file from the network: {error}") from error
     except (RuntimeError, EOFError, KeyError) as error:
@@ -265,10 +265,10 @@ def trusting(trust: bool, what: str) -> Iterator[None]:
             del os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"]
 
 
-def _global(message: str) -> str:
-    """The name that a pickle wanted, from torch's message."""
+def _wanted(message: str) -> str | None:
+    """The name that a pickle wanted to call, from torch's message; None if it wanted none."""
     found = re.search(r"GLOBAL ([\w.]+)|class ([\w.]+)", message)
-    return next((g for g in found.groups() if g), "an object") if found else "an object"
+    return next((g for g in found.groups() if g), None) if found else None
 
 
 ZOOS: dict[str, Callable[..., Model]] = {"robustbench": robustbench, "timm": timm, "torchvision": torchvision}

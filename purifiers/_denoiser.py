@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from purifiers._schedule import VP
+
+
+def resize(z: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear interpolation to (height, width), as DiffPure's of ImageNet; differentiable, and nothing if it fits."""
+    if tuple(z.shape[-2:]) == tuple(size):
+        return z
+    return nn.functional.interpolate(z, tuple(size), mode="bilinear", align_corners=False)
 
 
 class Denoiser:
@@ -52,6 +60,15 @@ class Denoiser:
         out = self.net(z, label)
         out = out if isinstance(out, Tensor) else out.sample
         return nn.functional.pixel_shuffle(out[:, : channels * patch * patch], patch)
+
+    def fit(self, z: Tensor) -> Tensor:
+        """z at the net's own resolution, where it states one: 224×224 images become 256×256 for a 256×256 net."""
+        side = getattr(getattr(self.net, "config", None), "sample_size", None)
+        if side is None:
+            return z
+        height, width = (side, side) if isinstance(side, int) else side
+        patch = self._patch(z.shape[1])
+        return resize(z, (height * patch, width * patch))
 
     def score(self, z: Tensor, t: float) -> Tensor:
         """grad log p_t(z) = -n / sigma."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
 from purifiers import _objectives, _sampler
 from purifiers._base import Batch, Images, Purifier
-from purifiers._denoiser import Denoiser
+from purifiers._denoiser import Denoiser, resize
 from purifiers._noise import Noise
 from purifiers._schedule import VP
 
@@ -19,6 +19,7 @@ SIZES = {"tiny": (8, 8), "small": (32, 64)}
 class DiffPure(Purifier):
     """z = sqrt(alpha_bar(t_star)) (2x - 1) + sigma n, then ``steps`` reverse steps; g(x) = clamp((z_0 + 1) / 2).
 
+    Images of another size than the net's are resized to it and, purified, back, inside the gradient.
     The input is noised with the discrete alpha_bar of index round(1000 t_star) - 1, and the first reverse step undoes
     that index. ``sde`` integrates the continuous reverse SDE to t = 1e-5 as in the paper, which leaves a little noise;
     ``eta`` ends in the predicted clean image and needs few steps; ``ode`` is the probability flow.
@@ -68,14 +69,15 @@ class DiffPure(Purifier):
         self.times = [*self.schedule.times(t_star, steps), 0.0 if rule == "eta" else self.T_END]
         self.rule = partial(self.RULES[rule], eta=eta) if rule == "eta" else self.RULES[rule]
 
-    def start(self, x: Images, noise: Noise) -> tuple[Tensor, None]:
-        return _sampler.diffuse(2 * x - 1, self.schedule.table[self.schedule.index(self.t_star)], noise), None
+    def start(self, x: Images, noise: Noise) -> tuple[Tensor, Size]:
+        alpha_bar = self.schedule.table[self.schedule.index(self.t_star)]
+        return _sampler.diffuse(self.denoiser.fit(2 * x - 1), alpha_bar, noise), x.shape[-2:]
 
-    def step(self, k: int, state: Tensor, context: None, noise: Noise) -> Tensor:
+    def step(self, k: int, state: Tensor, context: Size, noise: Noise) -> Tensor:
         return self.rule(self.denoiser, state, self.times[k], self.times[k + 1], k, noise)
 
-    def finish(self, state: Tensor, context: None) -> Images:
-        return ((state + 1) / 2).clamp(0, 1)
+    def finish(self, state: Tensor, context: Size) -> Images:
+        return ((resize(state, context) + 1) / 2).clamp(0, 1)
 
     def objectives(
         self, batch: Batch, noise: Noise, *, focus: float = 0.0, focus_below: float = 1.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from attacks._gradient import blocks, ce, dlr, margin
 from attacks._views import Exact, affordable, blind, bpda, stages
 from benchmark.preflight import finite_difference_error
 from purifiers import Defense, Tape
+from purifiers.diffpure import DiffPure
 from tests.conftest import CASES, classifier, images
 
 every_purifier = pytest.mark.parametrize("case", CASES)
@@ -209,3 +212,23 @@ def test_a_row_that_is_not_finite_counts_as_wrong():
     labels = x.flatten(1)[:, :10].argmax(1)
     victim = Victim(Defense(torch.nn.Identity(), Broken()), Exact(), tape(), rows=32, stochastic=False)
     assert victim.evaluate(x, labels, ce, 0, eot=1).correct.tolist() == [0.0, 1.0, 1.0]
+
+
+def test_images_are_resized_to_the_nets_resolution_and_back_inside_the_gradient(default_float64):
+    """As ImageNet at 224 before a net of 256: here 7 before a net of 8."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = DiffPure.parts((3, 8, 8))["unet"].double()
+    purifier = DiffPure(net, t_star=0.2, steps=2, rule="eta").eval()
+    bilinear = partial(torch.nn.functional.interpolate, mode="bilinear", align_corners=False)
+    x, noise = images(2, (3, 7, 7)), tape(2).fold("round", 0)
+    alpha_bar = purifier.denoiser.alpha_bar(0.2)
+    z = alpha_bar**0.5 * bilinear(2 * x - 1, (8, 8))
+    z = z + (1 - alpha_bar) ** 0.5 * noise.normal("diffuse", like=z)
+    for k in range(2):
+        z = purifier.step(k, z, x.shape[-2:], noise)
+    assert torch.allclose(purifier(x, tape(2)), ((bilinear(z, (7, 7)) + 1) / 2).clamp(0, 1), rtol=0, atol=1e-12)
+
+    defense = Defense(purifier, classifier((3, 7, 7)))
+    error = finite_difference_error(lambda d, v: ce(d(v, tape(2), Exact(keep=1)), torch.arange(2)), defense, x)
+    assert error < 1e-6

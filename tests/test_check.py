@@ -1,0 +1,127 @@
+"""``check``: what keeps the contract passes in seconds; what breaks it is named, with the remedy."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmark import check, cli, data
+from benchmark.checkpoints import Need
+
+NEED = Need(data.form("fashion-mnist"))
+
+GOOD = """
+from torch.nn.functional import avg_pool2d
+from purifiers import Purifier
+class Mine(Purifier):
+    def start(self, x, noise): return x + 0.1 * noise.normal("blur", like=x), None
+    def finish(self, state, context): return avg_pool2d(state, 3, 1, 1).clamp(0, 1)
+"""
+
+FAULTS = {
+    "range": GOOD.replace(".clamp(0, 1)", " + 1"),
+    "shape": GOOD.replace("3, 1, 1)", "2)"),
+    "noise-sites": GOOD.replace("noise.normal", '0.5 * noise.normal("blur", like=x) + 0.1 * noise.normal'),
+    "repeatable": GOOD.replace('noise.normal("blur", like=x)', "__import__('torch').randn_like(x)"),
+    "row-position": GOOD.replace("+ 0.1", "- x.mean() + 0.1"),
+    "stochastic-as-declared": GOOD.replace("+ 0.1 * noise.normal(\"blur\", like=x)", ""),
+    "zero-gradients": GOOD.replace("avg_pool2d(state", "avg_pool2d(state.round()"),
+    "finite-differences": GOOD.replace("avg_pool2d(state", "avg_pool2d(0.5 * state + 0.5 * state.detach()"),
+    "runs": GOOD.replace("return x +", "return undefined +"),
+    "eval-mode": GOOD.replace("def start", "def train(self, mode=True): return super().train(True)\n    def start"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text: str) -> str:
+        (tmp_path / "mine.py").write_text(text)
+        return f"file:{tmp_path / 'mine.py'}:Mine"
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["identity", "vae", "diffpure"])
+def test_the_shipped_purifiers_pass(name, capsys):
+    assert cli.main(["check", "--purifier", name]) == cli.DONE
+    out = capsys.readouterr().out
+    assert "FAIL" not in out and "null-floor" in out and "planned-cost" in out and "finite-differences" in out
+
+
+def test_a_newcomer_passes_and_sees_floor_and_cost(file, capsys):
+    spec = file(GOOD)
+    assert cli.main(["check", "--purifier", spec, "--json"]) == cli.DONE
+    (found,) = json.loads(capsys.readouterr().out).items()
+    assert found[0] == spec
+    checks = {c["id"]: c for c in found[1]}
+    assert {c["status"] for c in found[1]} <= {"pass", "n/a"}
+    assert "worst of 9" in checks["null-floor"]["value"] and "passes" in checks["planned-cost"]["value"]
+    assert all(set(c) == {"id", "status", "value", "threshold", "advice"} for c in found[1])
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_purifier_is_told_what_is_wrong(fault, file, capsys):
+    assert cli.main(["check", "--purifier", file(FAULTS[fault]), "--json"]) == cli.FAILED
+    (checks,) = json.loads(capsys.readouterr().out).values()
+    failed = {c["id"]: c for c in checks if c["status"] == "fail"}
+    if fault == "shape" and "runs" in failed:  # the shape checks of the test run were faster
+        fault = "runs"
+    assert fault in failed, failed
+    assert failed[fault]["advice"]
+
+
+def test_classifiers(file, capsys):
+    assert cli.main(["check", "--classifier", "resnet-at"]) == cli.DONE
+    assert "clean-accuracy" in capsys.readouterr().out
+    wrong = """
+import torch
+def Mine(*, classes: int = 10, probabilities: bool = False):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, classes))
+    return torch.nn.Sequential(net, torch.nn.Softmax(1)) if probabilities else net
+"""
+    spec = file(wrong)
+    assert cli.main(["check", "--classifier", spec]) == cli.DONE, "a function that returns a module will do"
+    assert "clean-accuracy" in capsys.readouterr().out
+    assert cli.main(["check", "--classifier", f"{spec},classes=9"]) == cli.FAILED
+    assert "one row of as many logits per image" in capsys.readouterr().out
+    assert cli.main(["check", "--classifier", f"{spec},probabilities=true"]) == cli.FAILED
+    assert "return logits" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_reads_other_than_stated_fails():
+    images = data.load("fashion-mnist")
+    spoiled = data.Dataset("x", images.pixels, (images.labels + 1) % 10, images.ids, "x", images.form)
+    found = {c.id: c for c in check.classifier("resnet", NEED, spoiled)}
+    assert found["clean-accuracy"].status == "fail" and "of 64 images" in str(found["clean-accuracy"].value)
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd", "autoattack"])
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_the_shipped_attacks_pass(name, norm, capsys):
+    assert cli.main(["check", "--attack", name, "--norm", norm]) == cli.DONE
+    assert "FAIL" not in capsys.readouterr().out
+
+
+BASE = """
+import torch
+from attacks.pgd import PGD
+class Mine(PGD):
+"""
+
+
+@pytest.mark.parametrize("fault, body", [
+    ("inside-the-threat-model", "    def finish(self, state): return super().finish(state) + 0.01"),
+    ("repeatable", "    def step(self, k, state, x, *rest):\n        s = super().step(k, state, x, *rest)\n"
+                   "        return s | {'x_adv': x + (s['x_adv'] - x) * (1 - 0.1 * torch.rand(()))}"),
+    ("linear-optimum", "    def step(self, k, state, *rest): return super().step(k, state, *rest) if k < 2 else state"),
+])  # fmt: skip
+def test_a_broken_attack_is_told_what_is_wrong(fault, body, file, capsys):
+    assert cli.main(["check", "--attack", file(BASE + body), "--json"]) == cli.FAILED
+    (checks,) = json.loads(capsys.readouterr().out).values()
+    assert fault in {c["id"] for c in checks if c["status"] == "fail"}
+
+
+def test_nothing_to_check_is_bad_usage(capsys):
+    assert cli.main(["check"]) == cli.USAGE
+    assert "--purifier, --classifier or --attack" in capsys.readouterr().err
