@@ -37,7 +37,7 @@ install: .venv/.installed
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; name one with make PYTHON=..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	@echo "Installing into .venv: about 6 GB, a few minutes the first time"
-	$(PIP) -e '.[robustbench,test,dev]' -e shims
+	$(PIP) -e '.[robustbench,parquet,test,dev]' -e shims
 	$(PIP) --no-deps torchattacks
 	$(PIP) --force-reinstall --no-deps robustbench
 	@touch $@

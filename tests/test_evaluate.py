@@ -486,7 +486,7 @@ def test_the_documented_import_gives_the_functions():
 
     assert isinstance(load("identity", classifier=f"file:{HERE}:TwoLogits"), Defense)
     x, y = gaussian(4)
-    with pytest.raises(UsageError, match="n asked for 5"):
+    with pytest.raises(UsageError, match="has 4 examples, --n-examples asked for 5"):
         documented(Defense(Identity(), TwoLogits()), data=(x, y), attack="pgd", eps="1/64", n=5)
 
 

@@ -78,12 +78,12 @@ def test_tables_are_what_their_commands_print(path, monkeypatch):
 
 def test_a_stale_table_is_noticed_and_made_anew(tmp_path, capsys):
     path = tmp_path / "page.md"
-    path.write_text("before\n<!-- table: python -m benchmark list datasets -->\nold\n<!-- /table -->\nafter\n")
+    path.write_text("before\n<!-- table: python -m benchmark list budgets -->\nold\n<!-- /table -->\nafter\n")
     assert cli.main(["tables", "--check", str(path)]) == cli.FAILED
     assert "old" in path.read_text() and f"python -m benchmark tables {path}" in capsys.readouterr().err
     assert cli.main(["tables", str(path)]) == cli.DONE
     lines = path.read_text().splitlines()
-    assert lines[0] == "before" and lines[2].startswith("fashion-mnist") and lines[-1] == "after"
+    assert lines[0] == "before" and lines[2].startswith("quick") and lines[-1] == "after"
     assert cli.main(["tables", "--check", str(path)]) == cli.DONE
 
 
