@@ -65,6 +65,10 @@ class Attack(ABC):
         """Draws of the defense that it differentiates per image (backwards)."""
         return self.evaluations(stochastic)
 
+    def least_classes(self, stochastic: bool) -> int:
+        """With how few classes its losses are defined."""
+        return 2
+
     @abstractmethod
     def start(self, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
         """The state before the first iteration, with ``broken_at``."""

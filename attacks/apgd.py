@@ -42,6 +42,9 @@ class APGD(Attack):
         draws = f", EOT {self.eot}" if stochastic else ""
         return f"APGD-{self.loss_name.upper()} ({self.steps} it{draws})"
 
+    def least_classes(self, stochastic: bool) -> int:
+        return 3 if self.loss_name == "dlr" else 2
+
     def length(self, stochastic: bool) -> int:
         return self.steps
 

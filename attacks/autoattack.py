@@ -49,6 +49,9 @@ class AutoAttack(Attack):
         full = (self.steps, self.eot) == (100, 20)
         return "AutoAttack-rand (native)" if full else f"APGD-CE+DLR ({self.steps} it, EOT {self.eot})"
 
+    def least_classes(self, stochastic: bool) -> int:
+        return 3 if stochastic else 4  # DLR divides by z_(1) - z_(3), its targeted form by z_(1) - (z_(3) + z_(4)) / 2
+
     def length(self, stochastic: bool) -> int:
         return len(self.members) * self.steps if stochastic else 1
 
@@ -93,6 +96,9 @@ class AutoAttack(Attack):
             package = Package(
                 model, norm=threat.norm, eps=threat.bound, seed=_seed(victim), version="standard", device=x.device
             )
+            # nine target classes, or all others where there are fewer
+            targets = min(9, victim.defense(x[:1], None, victim.view).shape[1] - 1)
+            package.apgd_targeted.n_target_classes = package.fab.n_target_classes = targets
             x_adv, y_adv = package.run_standard_evaluation(x, y, batch_size=len(x))
         victim.forwards += round(model.forwards / len(x))
         victim.backwards += round(model.backwards / len(x))

@@ -54,6 +54,9 @@ class PGD(Attack):
         restarts = f" × {self.restarts}" if self.restarts > 1 else ""
         return f"PGD-{self.loss_name.upper()} ({self.steps} it{draws}){restarts}"
 
+    def least_classes(self, stochastic: bool) -> int:
+        return 3 if self.loss_name == "dlr" else 2
+
     def length(self, stochastic: bool) -> int:
         return self.steps * self.restarts
 

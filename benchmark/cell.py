@@ -205,6 +205,7 @@ class Cell:
             if not s.quiet:
                 print(f"all {self.n} images are recorded in {self.folder.folder}: nothing to compute", file=sys.stderr)
             return self.folder.finish()
+        self._check_classes()
         self.folder.open(self.n, self.data.shape, mixed_environment=s.mixed_environment)
         self._preflight()
         length = self.attack.length(self.stochastic)
@@ -218,6 +219,25 @@ class Cell:
                 robust = np.mean([np.mean(np.array(r["adv"]) == r["label"]) for r in shown])
                 bar.set_postfix_str(f"robust {robust:.1%} of {len(shown)}")
         return self.folder.finish()
+
+    def _check_classes(self) -> None:
+        """Whether the classifier's outputs fit the images, the labels and the attack's losses."""
+        x = self.data.images(slice(0, 1)).to(self.device)
+        try:
+            with torch.no_grad():
+                classes = self.defense.classifier(x).shape[1]
+        except RuntimeError as error:  # torch's own, of shapes that don't fit
+            raise UsageError(
+                f"{self}: the classifier takes no images of shape {tuple(x.shape[1:])}: {error}"
+            ) from error
+        highest, least = int(self.data.labels[: self.n].max()), self.attack.least_classes(self.stochastic)
+        if highest >= classes:
+            raise UsageError(f"{self}: labels go up to {highest}, the classifier has {classes} outputs")
+        if classes < least:
+            raise UsageError(
+                f"{self}: the attack's losses need at least {least} classes, the classifier has {classes}; "
+                "pgd's cross-entropy needs two"
+            )
 
     def _preflight(self) -> None:
         if not self.settings.preflight:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from platformdirs import user_cache_path
 from torch import Tensor
 
 from benchmark import registry
@@ -157,4 +157,4 @@ def _read(text: str) -> tuple[registry.Spec, dict]:
 
 def cache_dir() -> Path:
     """Where downloads go unless --data-dir says otherwise: the platform's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "purification-benchmark"
+    return user_cache_path("purification-benchmark", appauthor=False)

@@ -550,3 +550,35 @@ class Brightness(Classifier):
 
     def forward(self, x: Tensor) -> Tensor:
         return -((9 * x.flatten(1).mean(1, keepdim=True) - torch.arange(10.0, dtype=x.dtype)) ** 2)
+
+
+# --- few classes
+
+
+class Threshold(nn.Module):
+    """Logits of ``classes`` linear scores of the mean over bands of rows: a deterministic victim with few classes."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, x: Tensor) -> Tensor:
+        bands = x.flatten(1).unflatten(1, (self.classes, -1)).mean(2)
+        return 20 * bands
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_few_classes(classes, tmp_path):
+    """The DLR loss needs three classes, its targeted form four: below, an error; from there, all others as targets."""
+    x = Tape(11, "images", torch.arange(8)).uniform("pixels", like=torch.empty(8, 1, 8, 8))
+    defense = Defense(Identity(), Threshold(classes))
+    y = defense(x).argmax(1)
+    settings = dict(data=(x, y), eps="0.2", n=8, out=tmp_path, quiet=True)
+    result = evaluate(defense, attack="pgd:steps=2", **settings)
+    assert result.rows[0]["clean"] == 1 and result.rows[0]["robust"] < 1
+    if classes == 2:
+        with pytest.raises(UsageError, match="need at least 4 classes, the classifier has 2; pgd"):
+            evaluate(defense, attack="autoattack", **settings)
+    else:
+        result = evaluate(defense, attack="autoattack", **settings)
+        assert result.rows[0]["robust"] == 0
