@@ -46,6 +46,8 @@ class Attack(ABC):
 
     versions: int = 1
     """How many candidates per image it returns on a stochastic defense."""
+    black_box: ClassVar[bool] = False
+    """Whether it only looks at outputs: no white-box attack may be weaker."""
     package: ClassVar[str | None] = None
     """The distribution that does the work on a deterministic defense, if not this code; it takes whole blocks."""
 

@@ -47,7 +47,7 @@ class Evaluation(NamedTuple):
     Attributes:
         loss: mean loss, shape (B,).
         correct: share of draws classified correctly, shape (B,).
-        gradient: gradient of the mean loss, shape (B, C, H, W).
+        gradient: gradient of the mean loss, shape (B, C, H, W); empty, shape (0,), if none was asked for.
     """
 
     loss: Tensor
@@ -70,26 +70,31 @@ class Victim:
         self.defense, self.view, self.tape, self.rows, self.stochastic = defense, view, tape, rows, stochastic
         self.forwards = self.backwards = 0
 
-    def evaluate(self, x: Tensor, y: Tensor, loss: LossFunction, *site: str | int, eot: int) -> Evaluation:
-        """Loss, correctness and gradient at x over ``eot`` fresh draws of the site.
+    def evaluate(
+        self, x: Tensor, y: Tensor, loss: LossFunction, *site: str | int, eot: int, gradient: bool = True
+    ) -> Evaluation:
+        """Loss, correctness and, if asked for, gradient at x over ``eot`` draws of the site.
 
-        Gradient, loss and correctness are averaged over the same draws, summed in draw order.
+        All are averaged over the same draws, summed in draw order.
         """
         losses, corrects, gradients = [], [], []
         for inputs, labels, noise, count in blocks(self.rows, x, y, self.tape.fold(*site), eot):
-            inputs = inputs.detach().requires_grad_()
-            with torch.enable_grad():
+            inputs = inputs.detach().requires_grad_(gradient)
+            with torch.set_grad_enabled(gradient):
                 logits = self.defense(inputs, noise, self.view)
                 value = loss(logits, labels)
-                (gradient,) = torch.autograd.grad(value.sum(), inputs)
+                if gradient:
+                    (slope,) = torch.autograd.grad(value.sum(), inputs)
+                    gradients.append(slope[:count])
             finite = logits.detach().isfinite().all(1)
             losses.append(value.detach()[:count])
             corrects.append(((logits.detach().argmax(1) == labels) & finite)[:count])
-            gradients.append(gradient[:count])
         self.forwards += eot
-        self.backwards += eot
+        self.backwards += eot if gradient else 0
         return Evaluation(
-            _mean(torch.cat(losses), eot), _mean(torch.cat(corrects).to(x.dtype), eot), _mean(torch.cat(gradients), eot)
+            _mean(torch.cat(losses), eot),
+            _mean(torch.cat(corrects).to(x.dtype), eot),
+            _mean(torch.cat(gradients), eot) if gradient else x.new_empty(0),
         )
 
 

@@ -74,12 +74,16 @@ class PGD(Attack):
         x_adv = state["x_adv"][restart]
         evaluation = victim.evaluate(x_adv, y, self.loss, "pgd", k, eot=self.eot)
         size = self.step_factor * threat.bound / self.steps
-        state["x_adv"][restart] = threat.project(x_adv + threat.step(evaluation.gradient, size), x)
+        state["x_adv"][restart] = threat.project(x_adv + threat.step(self.shaped(evaluation.gradient), size), x)
         state["broken_at"] = first_broken(state["broken_at"], evaluation, k)
         return state
 
     def finish(self, state: State) -> Tensor:
         return state["x_adv"]
+
+    def shaped(self, direction: Tensor) -> Tensor:
+        """A direction as this attack may take it; PGD takes any."""
+        return direction
 
     def _first(self, x: Tensor, victim: Victim, threat: ThreatModel, restart: int) -> Tensor:
         return threat.random(x, victim.tape.fold("pgd", "start", restart)) if self.random_start else x.clone()

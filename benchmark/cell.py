@@ -20,7 +20,7 @@ from tqdm import tqdm
 from attacks import NORMS, VIEWS, Attack, AttackError, ThreatModel, Victim
 from attacks._gradient import blocks
 from attacks._views import affordable
-from benchmark import config, data, defenses, registry, report
+from benchmark import checkpoints, config, data, defenses, registry, report
 from benchmark.errors import RunError, UsageError
 from benchmark.plan import Plan, plan
 from benchmark.preflight import accuracy_check, failures, preflight
@@ -128,11 +128,14 @@ class Cell:
         eps = config.radius(s.eps, s.norm, self.data.family)
         self.threat: ThreatModel = NORMS[s.norm](eps)
         custom = not untouched or (s.draws is not None and s.draws != chosen.draws)
-        self.attacker = defense
-        if s.attacker:
-            self.attacker = defenses.load(
-                s.attacker, described["names"]["classifier"], self.data.form, copies=defense.copies,
-                combine=defense.combine, norm=s.norm, weights=s.weights, offline=s.offline, trust=s.trust,
+        self.attacker, other = defense, getattr(self.attack, "source", None) or s.attacker
+        g = None
+        if other:  # an attack that transfers names its source itself
+            roots = (Path(s.weights),) if s.weights else ()
+            need = checkpoints.Need(self.data.form, s.norm, roots, s.offline, s.trust)
+            g = checkpoints.build("purifiers", other, need)
+            self.attacker = Defense(
+                g.module, defense.classifier, copies=defense.copies, combine=defense.combine
             ).to(self.device)  # fmt: skip
         self.identity = config.Identity(
             dataset=self.data.name,
@@ -141,18 +144,14 @@ class Cell:
             classifier=described["classifier"],
             weights=described["weights"]
             | {f"attack.{k}": v for k, v in registry.source(spec).items()}
-            | (
-                {f"attacker.{k}": v for k, v in defenses.describe(self.attacker)["weights"].items()}
-                if s.attacker
-                else {}
-            ),
+            | ({f"attacker.{k}": v for k, v in g.weights.items()} if g else {}),
             copies=defense.copies,
             combine=defense.combine,
             attack=str(registry.Spec(spec.name, spec.argument, options)),
             norm=s.norm,
             eps=config.eps_text(eps),
             view=s.view,
-            attacker=defenses.describe(self.attacker)["purifier"] if s.attacker else None,
+            attacker=str(g.spec) if g else None,
             budget="custom" if custom else chosen.name,
             select=self.select,
             draws=self.draws,

@@ -27,16 +27,25 @@ class Budget:
     draws: int
 
 
+def _efforts(*, pgd: int, apgd: int, queries: int, eot: int) -> dict[str, dict[str, int]]:
+    """What each attack gets; an attack without an entry is like pgd."""
+    return {
+        "pgd": {"steps": pgd, "eot": eot},
+        "apgd": {"steps": apgd, "eot": eot},
+        "autoattack": {"steps": apgd, "eot": eot},
+        "square": {"queries": queries, "eot": eot},
+        "uniform": {"queries": queries // 5, "eot": eot},
+    }
+
+
 BUDGETS = {
     b.name: b
     for b in (
-        Budget("quick", 32, {"pgd": {"steps": 20, "eot": 4}, "apgd": {"steps": 20, "eot": 4}}, 8, 9),
-        Budget("standard", 256, {"pgd": {"steps": 50, "eot": 10}, "apgd": {"steps": 50, "eot": 10}}, 16, 17),
-        Budget("paper", 512, {"pgd": {"steps": 200, "eot": 20}, "apgd": {"steps": 100, "eot": 20}}, 20, 21),
+        Budget("quick", 32, _efforts(pgd=20, apgd=20, queries=500, eot=4), 8, 9),
+        Budget("standard", 256, _efforts(pgd=50, apgd=50, queries=2000, eot=10), 16, 17),
+        Budget("paper", 512, _efforts(pgd=200, apgd=100, queries=5000, eot=20), 20, 21),
     )
 }
-for _budget in BUDGETS.values():
-    _budget.attacks["autoattack"] = _budget.attacks["apgd"]
 
 RADII = {
     "fashion-mnist": {"Linf": "16/255", "L2": "1.5"},
@@ -88,7 +97,7 @@ def attack_options(spec: Spec, component: type, chosen: Budget, stochastic: bool
     A deterministic defense needs one draw per gradient.
     """
     known = registry.options(component)
-    defaults = {k: v for k, v in chosen.attacks.get(spec.name, chosen.attacks["apgd"]).items() if k in known}
+    defaults = {k: v for k, v in chosen.attacks.get(spec.name, chosen.attacks["pgd"]).items() if k in known}
     if not stochastic and "eot" in known:
         defaults["eot"] = 1
     resolved = registry.resolve(component, spec, defaults)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -203,7 +204,8 @@ def test_defense_options_out_of_range():
 
 # Attacks
 
-SMALL = {"steps": 10, "eot": 2}
+SMALL = {"steps": 10, "eot": 2, "queries": 12}
+WHITE = [name for name in registry.names("attacks") if not registry.load("attacks", name).black_box]
 N = 24
 
 
@@ -249,9 +251,9 @@ def test_an_attack_on_a_stochastic_defense_stays_inside_and_leaves_no_trace(name
     for candidate in found.candidates:
         assert (threat.distance(candidate, x) <= threat.bound).all()
         assert 0 <= candidate.min() and candidate.max() <= 1
-        assert not torch.equal(candidate, x)
+        assert torch.equal(candidate, x) == (name == "identity")
     assert (found.forwards, found.backwards) == (attack.evaluations(True), attack.gradients(True))
-    assert ((-1 <= found.broken_at) & (found.broken_at < attack.evaluations(True))).all()
+    assert ((-1 <= found.broken_at) & (found.broken_at < max(attack.evaluations(True), 1))).all()
 
 
 @every_attack
@@ -267,7 +269,7 @@ def test_an_attack_gives_the_same_in_any_batch_and_after_a_pause(name, make):
 
     whole = attack.perturb(x, y, victim_of(defense, ids), threat, watch=watch)
     assert list(saved) == list(range(1, attack.length(True) + 1))
-    for k in (1, attack.length(True) // 2, attack.length(True)):
+    for k in {1, max(attack.length(True) // 2, 1), attack.length(True)}:
         resumed = attack.perturb(x, y, victim_of(defense, ids), threat, state=saved[k])
         assert torch.equal(resumed.candidates, whole.candidates) and torch.equal(resumed.broken_at, whole.broken_at)
         assert (resumed.forwards, resumed.backwards) == (whole.forwards, whole.backwards)
@@ -275,7 +277,7 @@ def test_an_attack_gives_the_same_in_any_batch_and_after_a_pause(name, make):
     assert torch.allclose(alone.candidates[:, 0], whole.candidates[:, 3], rtol=0, atol=1e-12)
 
 
-@every_attack
+@pytest.mark.parametrize("name", [name for name in WHITE if name != "lf"])
 @every_norm
 def test_natively_an_attack_reaches_the_optimum_of_a_linear_model(name, norm):
     """The strongest perturbation is known: x - y eps sign(w) in Linf, x - y eps w / ‖w‖ in L2."""
@@ -302,8 +304,9 @@ def test_natively_an_attack_reaches_the_optimum_of_a_linear_model(name, norm):
 DETERMINISTIC = [
     # a package's own numbers can't be made smaller: L2 takes as long again
     pytest.param(name, norm, marks=[pytest.mark.slow] if name == "autoattack" and norm == "L2" else [])
-    for name in registry.names("attacks")
+    for name in WHITE
     for norm in NORMS
+    if name != "lf"  # its optimum is another: see test_lf
 ]
 
 
@@ -353,8 +356,9 @@ def test_no_radius_no_change(name, norm):
 def test_the_name_in_tables_says_how_much_was_done(name):
     attack = small(name)
     full = registry.load("attacks", name)()
-    assert full.display(True) != attack.display(True)
-    assert "10 it" in attack.display(True) and "EOT 2" in attack.display(True)
+    if name != "identity":
+        assert full.display(True) != attack.display(True)
+        assert re.search(r"10 it|12 queries|best of 12", attack.display(True)) and "EOT 2" in attack.display(True)
 
 
 def test_autoattack_is_a_name_for_the_full_attack_only():
@@ -368,7 +372,7 @@ def test_autoattack_is_a_name_for_the_full_attack_only():
 @every_attack
 def test_attack_options_out_of_range_are_errors(name):
     component = registry.load("attacks", name)
-    wrong = {"steps": 0, "eot": 0, "loss": "mse", "restarts": 0, "step": 0.0}
+    wrong = {"steps": 0, "eot": 0, "loss": "mse", "restarts": 0, "step": 0.0, "queries": 0, "share": 0.0, "block": 0}
     for key in wrong.keys() & registry.options(component).keys():
         with pytest.raises(ValueError, match=key):
             component(**{key: wrong[key]})

@@ -1,0 +1,39 @@
+"""Transfer: PGD on another defense, judged on this one."""
+
+from __future__ import annotations
+
+from attacks.pgd import PGD
+
+
+class Transfer(PGD):
+    """PGD whose gradients come from ``source`` + the defense's own classifier; the defense never answers a query.
+
+    Args:
+        source: the purifier that is differentiated, without options or by the name of a card; "identity" is the bare
+            classifier.
+        steps, eot, step, loss, restarts, random_start: as for ``pgd``.
+
+    Raises:
+        ValueError: as ``pgd``.
+
+    Reference: Papernot et al. 2016 (arXiv 1605.07277).
+    """
+
+    black_box = True
+
+    def __init__(
+        self,
+        *,
+        source: str = "identity",
+        steps: int = 200,
+        eot: int = 20,
+        step: float = 2.5,
+        loss: str = "ce",
+        restarts: int = 1,
+        random_start: bool = True,
+    ):
+        super().__init__(steps=steps, eot=eot, step=step, loss=loss, restarts=restarts, random_start=random_start)
+        self.source = source
+
+    def display(self, stochastic: bool) -> str:
+        return f"{super().display(stochastic)} from {self.source}"
