@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from attacks.pgd import PGD
@@ -22,18 +24,8 @@ class LF(PGD):
     Reference: Guo et al. 2018 (arXiv 1809.08758), of low frequencies; here inside the ball and by gradients.
     """
 
-    def __init__(
-        self,
-        *,
-        block: int = 4,
-        steps: int = 200,
-        eot: int = 20,
-        step: float = 2.5,
-        loss: str = "ce",
-        restarts: int = 1,
-        random_start: bool = True,
-    ):
-        super().__init__(steps=steps, eot=eot, step=step, loss=loss, restarts=restarts, random_start=random_start)
+    def __init__(self, *, block: int = 4, **pgd: Any):
+        super().__init__(**pgd)
         if block < 1:
             raise ValueError(f"block must be at least 1, got {block}")
         self.block = block

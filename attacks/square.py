@@ -1,4 +1,4 @@
-"""Square Attack: random search over square patches, with every loss a mean over draws."""
+"""Square Attack: random search over square patches."""
 
 from __future__ import annotations
 
@@ -7,82 +7,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attacks._base import Attack, State, first_broken
-from attacks._gradient import Victim, margin
+from attacks._gradient import Victim
+from attacks._search import RandomSearch
 from attacks._threat import ThreatModel
 
 
-class Square(Attack):
-    """x_{k+1} = the better of x_k and x_k with one random square changed, by the margin max_{i≠y} z_i - z_y.
+class Square(RandomSearch):
+    """Random search whose proposal is x_k with one random square changed.
 
     Linf: the square becomes x ± eps, one sign per channel. L2: what two squares and the unused budget hold is moved
-    into one of them, along a peaked pattern. The side of the square shrinks with the queries. The start is vertical
-    stripes of ± eps (Linf) or a grid of patterns (L2).
-
-    On a stochastic defense the margin is a mean over ``eot`` draws. The draws are the same for ``refresh`` queries, so
-    that x_k and its rival are compared under equal noise, and then renewed, and x_k with them, so that the search
-    doesn't live on one lucky set: with fresh draws for every query the best margin would be a record of luck.
+    into one of them, along a peaked pattern. The side of the square shrinks with the queries. The first proposal is
+    vertical stripes of ± eps (Linf) or a grid of patterns (L2).
 
     Args:
-        queries: evaluations of the defense's mean margin.
-        eot: draws per evaluation.
         share: the first square's share of the image's pixels.
-        refresh: queries under one set of draws.
+        queries, eot, refresh: as for every random search.
 
     Raises:
-        ValueError: if a count is below 1 or the share isn't in (0, 1].
+        ValueError: as every random search, and if the share isn't in (0, 1].
 
     Reference: Andriushchenko et al. 2020 (arXiv 1912.00049), algorithms 1-3.
     """
 
-    black_box = True
     HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
     """When the share is halved, out of 10,000 queries."""
 
-    def __init__(self, *, queries: int = 5000, eot: int = 20, share: float = 0.8, refresh: int = 100):
-        if min(queries, eot, refresh) < 1 or not 0 < share <= 1:
-            got = f"{queries}, {eot}, {refresh}, {share}"
-            raise ValueError(f"queries, eot and refresh must be at least 1, share in (0, 1], got {got}")
-        self.queries, self.eot, self.share, self.refresh = queries, eot, share, refresh
+    def __init__(self, *, share: float = 0.8, **search: Any):
+        super().__init__(**search)
+        if not 0 < share <= 1:
+            raise ValueError(f"share must lie in (0, 1], got {share}")
+        self.share = share
 
-    def display(self, stochastic: bool) -> str:
-        return f"Square ({self.queries} queries{f', EOT {self.eot}' if stochastic else ''})"
-
-    def length(self, stochastic: bool) -> int:
-        return self.queries
-
-    def evaluations(self, stochastic: bool) -> int:
-        renewals = (self.queries - 1) // self.refresh if stochastic else 0
-        return (self.queries + renewals) * self.eot
-
-    def gradients(self, stochastic: bool) -> int:
-        return 0
-
-    def start(self, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
-        return {
-            "x_adv": x.clone(),
-            "margin": torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device),
-            "broken_at": torch.full((len(x),), -1, device=x.device),
-        }
-
-    def step(self, k: int, state: State, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
-        s = dict(state)
-        draws = ("square", "draws", k // self.refresh)
-        if victim.stochastic and k > 0 and k % self.refresh == 0:
-            s["margin"] = victim.evaluate(s["x_adv"], y, margin, *draws, eot=self.eot, gradient=False).loss
-        noise = victim.tape.fold("square", k)
+    def propose(self, k: int, x_adv: Tensor, x: Tensor, victim: Victim, threat: ThreatModel) -> Tensor:
         move = {"Linf": _squares, "L2": _peaks}[threat.norm]
         side = self._side(k, x.shape[-2] * x.shape[-1], min(x.shape[-2:]))
-        rival = threat.project(move(s["x_adv"], x, threat.bound, side, noise, first=k == 0), x)
-        found = victim.evaluate(rival, y, margin, *draws, eot=self.eot, gradient=False)
-        s["broken_at"] = first_broken(s["broken_at"], found, k)
-        better = found.loss > s["margin"]
-        s["x_adv"] = torch.where(better.view(-1, 1, 1, 1), rival, s["x_adv"])
-        s["margin"] = torch.where(better, found.loss, s["margin"])
-        return s
-
-    def finish(self, state: State) -> Tensor:
-        return state["x_adv"][None]
+        return threat.project(move(x_adv, x, threat.bound, side, victim.tape.fold(self.site, k), first=k == 0), x)
 
     def _side(self, k: int, pixels: int, shorter: int) -> int:
         """The square's side at query k: sqrt(share · pixels), halving the share as the search goes on."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from attacks.pgd import PGD
 
 
@@ -21,18 +23,8 @@ class Transfer(PGD):
 
     black_box = True
 
-    def __init__(
-        self,
-        *,
-        source: str = "identity",
-        steps: int = 200,
-        eot: int = 20,
-        step: float = 2.5,
-        loss: str = "ce",
-        restarts: int = 1,
-        random_start: bool = True,
-    ):
-        super().__init__(steps=steps, eot=eot, step=step, loss=loss, restarts=restarts, random_start=random_start)
+    def __init__(self, *, source: str = "identity", **pgd: Any):
+        super().__init__(**pgd)
         self.source = source
 
     def display(self, stochastic: bool) -> str:

@@ -152,9 +152,17 @@ def source(spec: Spec) -> dict[str, str]:
 
 
 def options(component: Callable) -> dict[str, inspect.Parameter]:
-    """The keyword-only parameters of a component's constructor, or of a function that makes one."""
-    parameters = inspect.signature(component).parameters
-    return {k: p for k, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    """The keyword-only parameters of a component's constructor, or of a function that makes one.
+
+    A constructor that hands ``**more`` to its base has the base's options too.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for constructor in _constructors(component):
+        parameters = inspect.signature(constructor).parameters.values()
+        found = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY} | found
+        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
+    return found
 
 
 def resolve(component: Callable, spec: Spec, defaults: Mapping[str, Value] | None = None) -> dict[str, Any]:
@@ -179,6 +187,13 @@ def unknown(kind: str, name: str, known: list[str]) -> str:
     return f"unknown {kind} {name!r}; {hint}known: {', '.join(known) or 'none'}"
 
 
+def _constructors(component: Callable) -> list[Callable]:
+    """A component's own constructor and those of its bases, nearest first; a function is its own."""
+    if not inspect.isclass(component):
+        return [component]
+    return [inspect.unwrap(vars(c)["__init__"]) for c in component.__mro__ if "__init__" in vars(c)]
+
+
 def _hint(component: Callable, parameter: inspect.Parameter) -> Any:
     """The type of an option; annotations are strings wherever a module postpones them."""
     hint = parameter.annotation
@@ -186,8 +201,8 @@ def _hint(component: Callable, parameter: inspect.Parameter) -> Any:
         return type(parameter.default)
     if not isinstance(hint, str):
         return hint
-    constructor = inspect.unwrap(component.__init__ if inspect.isclass(component) else component)  # type: ignore[misc]
-    return eval(hint, constructor.__globals__)
+    owner = next(c for c in _constructors(component) if parameter.name in inspect.signature(c).parameters)
+    return eval(hint, owner.__globals__)  # type: ignore[attr-defined]
 
 
 def _typed(value: Value, hint: Any, what: str) -> Any:

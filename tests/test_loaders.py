@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import gzip
 import hashlib
-import http.server
 import io
 import pickle
 import tarfile
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -25,19 +22,6 @@ RNG = np.random.default_rng(0)
 
 def md5(content: bytes) -> str:
     return hashlib.md5(content).hexdigest()
-
-
-@pytest.fixture
-def server(tmp_path):
-    """A web server of this machine; what lies in its folder is at its address."""
-    root = tmp_path / "served"
-    root.mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(root))
-    handler.log_message = lambda *arguments: None  # type: ignore[attr-defined]
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield root, f"http://127.0.0.1:{running.server_port}"
-    running.shutdown()
 
 
 @pytest.fixture

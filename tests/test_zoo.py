@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import os
 import pickle
 import socket
-import threading
 from pathlib import Path
 
 import pytest
@@ -244,18 +241,6 @@ def test_the_hubs_address_is_a_setting(monkeypatch):
 
 
 # --- fetching
-
-
-@pytest.fixture
-def server(tmp_path):
-    root = tmp_path / "served"
-    root.mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(root))
-    handler.log_message = lambda *arguments: None  # type: ignore[attr-defined]
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield root, f"http://127.0.0.1:{running.server_port}"
-    running.shutdown()
 
 
 def test_a_file_is_fetched_once_checked_and_renamed_into_place(server, tmp_path):
