@@ -22,6 +22,7 @@ def load(
     combine: str = "logits",
     norm: str = "Linf",
     weights: str | None = None,
+    data_dir: str | None = None,
     offline: bool = False,
     trust: bool = False,
 ) -> Defense:
@@ -35,7 +36,8 @@ def load(
         combine: what is averaged over them: "logits", "probabilities" or "vote".
         norm: for which threat model a classifier of RobustBench was made, unless its spec says so.
         weights: a folder with further cards and checkpoints.
-        offline: fetch nothing.
+        data_dir: where a data set lies whose form its name doesn't say.
+        offline: open no socket.
         trust: load checkpoints that execute code.
 
     Raises:
@@ -44,8 +46,8 @@ def load(
     from benchmark import defenses  # heavy: torch
 
     return defenses.load(
-        purifier, classifier, dataset, copies=copies, combine=combine, norm=norm, weights=weights, offline=offline,
-        trust=trust,
+        purifier, classifier, dataset, copies=copies, combine=combine, norm=norm, weights=weights,
+        data_dir=data_dir, offline=offline, trust=trust,
     )  # fmt: skip
 
 

@@ -229,7 +229,10 @@ class Cell:
             raise UsageError(
                 f"{self}: the classifier takes no images of shape {tuple(x.shape[1:])}: {error}"
             ) from error
-        highest, least = int(self.data.labels[: self.n].max()), self.attack.least_classes(self.stochastic)
+        form, least = self.data.form, self.attack.least_classes(self.stochastic)
+        if form.family in data.FORMS and classes != form.classes:
+            raise UsageError(f"{self}: {form.family} has {form.classes} classes, the classifier has {classes} outputs")
+        highest = int(self.data.labels[: self.n].max())
         if highest >= classes:
             raise UsageError(f"{self}: labels go up to {highest}, the classifier has {classes} outputs")
         if classes < least:

@@ -19,19 +19,47 @@ from benchmark.data import Dataset
 from benchmark.errors import RunError, UsageError
 from benchmark.plan import plan
 from benchmark.preflight import Check, accuracy_check, preflight
-from purifiers import Defense, Tape
+from purifiers import Defense, Purifier, Tape
 
-ROWS = 32
+ROWS = 8
+"""Rows of a call: few, so that a large network is checked in seconds."""
+
+
+FEW = slice(0, 4)
+
+
+def component(kind: str, spec: str, need: Need, images: Dataset) -> list[Check]:
+    """The checks of a component; its own exceptions are what they are, a failed check.
+
+    Args:
+        kind: "purifier", "classifier" or "attack".
+        spec: which.
+        need: the data set's form, and where weights are.
+        images: a few images of it, 64 if there are.
+
+    Raises:
+        UsageError: if the component can't be built.
+    """
+    try:
+        return {"purifier": purifier, "classifier": classifier, "attack": attack}[kind](spec, need, images)
+    except (UsageError, RunError):
+        raise
+    except Exception as error:  # whatever a newcomer's code raises
+        return [
+            Check("runs", "fail", registry.raised(error), "no error", "mend this first; the other checks follow it")
+        ]
 
 
 def purifier(spec: str, need: Need, images: Dataset) -> list[Check]:
-    """A purifier before the data set's ``resnet``, or, where that has no weights, before a linear classifier."""
+    """A purifier before the data set's first classifier with weights, or, where there is none, a linear one."""
     g = checkpoints.build("purifiers", spec, need).module
     known = checkpoints.cards(need.form.family, need.roots)
-    named = next((n for n in ("resnet", "cifar10-resnet18") if n in known), None)
+    named = next((n for n, card in known.items() if checkpoints.read_card(card)["kind"] == "classifiers"), None)
     f = checkpoints.build("classifiers", named, need).module if named else Linear(need.form.shape, need.form.classes)
     defense = defenses.tamed(Defense(g, f), images.images(slice(0, 8)))
-    checks = _checked(defense, images)
+    checks = preflight(
+        defense, Exact(keep=1), images.images(FEW), images.labels[FEW], images.ids[FEW], seed=0, rows=ROWS
+    )
     if any(c.status == "fail" for c in checks):
         return checks
     return [*checks, _floor(defense, images, named), *_cost(defense, images)]
@@ -52,7 +80,9 @@ def classifier(spec: str, need: Need, images: Dataset) -> list[Check]:
     ]  # fmt: skip
     if checks[0].status == "fail":
         return checks
-    checks += _checked(defense, images)
+    checks += preflight(
+        defense, Exact(keep=1), images.images(FEW), images.labels[FEW], images.ids[FEW], seed=0, rows=ROWS
+    )
     few = slice(0, min(64, len(images)))
     if found.accuracy is None:
         checks.append(Check("clean-accuracy", "n/a", "", "", "neither a card nor a leaderboard states its accuracy"))
@@ -71,12 +101,14 @@ def attack(spec: str, need: Need, images: Dataset) -> list[Check]:
         made: Attack = component(**options)
     except ValueError as error:
         raise UsageError(f"{parsed.name}: {error}") from error
+    if need.norm not in NORMS:
+        raise UsageError(registry.unknown("norm", need.norm, sorted(NORMS)))
     n = 4
     model = Linear(need.form.shape, max(need.form.classes, 3), two=True)
     x = 0.25 + 0.5 * images.images(slice(0, n))
     y = model(x).argmax(1)
     threat = NORMS[need.norm](Fraction(1, 64) if need.norm == "Linf" else Fraction(1, 2))
-    quiet, noisy = (Defense(_Noisy(sigma=s), model) for s in (0.0, 0.02))
+    quiet, noisy = (Defense(Noisy(sigma=s), model) for s in (0.0, 0.02))
     before = _generators()
     try:
         found = made.perturb(x, y, _victim(noisy, n, True), threat)
@@ -84,7 +116,8 @@ def attack(spec: str, need: Need, images: Dataset) -> list[Check]:
         alone = made.perturb(x[1:2], y[1:2], _victim(noisy, n, True, slice(1, 2)), threat)
         plain = made.perturb(x, y, _victim(quiet, n, True), threat)
     except AttackError as error:
-        return [Check("inside-the-threat-model", "fail", str(error), "at most 1e-6 outside", "project in the attack")]
+        advice = "return finite images of the shape given, projected into the threat model"
+        return [Check("inside-the-threat-model", "fail", str(error), "at most 1e-6 outside", advice)]
     moved = before != _generators()
     gained = (margin(model(plain.candidates[0]), y) - margin(model(x), y)).min()
     best = model.best_gain(threat)
@@ -131,18 +164,18 @@ class Linear(nn.Module):
         return 2 * float(threat.bound) * float(self.w[0].norm(p=dual))
 
 
-def _Noisy(sigma: float) -> nn.Module:
-    """x + sigma n."""
-    from purifiers import Purifier
+class Noisy(Purifier):
+    """g(x) = x + sigma n: the simplest randomness for an attack to average over."""
 
-    class Noisy(Purifier):
-        def start(self, x: Tensor, noise: Any) -> tuple[Tensor, None]:
-            return x + sigma * noise.normal("noise", like=x), None
+    def __init__(self, *, sigma: float):
+        super().__init__()
+        self.sigma = sigma
 
-        def finish(self, state: Tensor, context: None) -> Tensor:
-            return state
+    def start(self, x: Tensor, noise: Any) -> tuple[Tensor, None]:
+        return x + self.sigma * noise.normal("noise", like=x), None
 
-    return Noisy()
+    def finish(self, state: Tensor, context: None) -> Tensor:
+        return state
 
 
 def _victim(defense: Defense, n: int, stochastic: bool, rows: slice = slice(None)) -> Victim:
@@ -151,23 +184,6 @@ def _victim(defense: Defense, n: int, stochastic: bool, rows: slice = slice(None
 
 def _generators() -> list:
     return [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()]  # type: ignore[index]
-
-
-def _checked(defense: Defense, images: Dataset) -> list[Check]:
-    """The preflight, with a component's own exceptions as what they are: a failed check."""
-    few = slice(0, 4)
-    try:
-        return preflight(
-            defense, Exact(keep=1), images.images(few), images.labels[few], images.ids[few], seed=0, rows=ROWS
-        )
-    except (UsageError, RunError):
-        raise
-    except Exception as error:  # whatever a newcomer's code raises
-        where = error.__traceback__
-        while where and where.tb_next:
-            where = where.tb_next
-        place = f"{where.tb_frame.f_code.co_filename}:{where.tb_lineno}" if where else ""
-        return [Check("runs", "fail", f"{type(error).__name__}: {error}", "no error", f"raised in {place}")]
 
 
 def _floor(defense: Defense, images: Dataset, classifier: str | None) -> Check:

@@ -65,7 +65,7 @@ def cards(dataset: str, roots: Sequence[Path] = ()) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for root in roots:
         if not root.is_dir():
-            raise UsageError(f"--weights {root}: no such folder")
+            raise UsageError(f"--weights {root}: no such folder; create it, or fetch into it")
     for root in [*roots, SHIPPED]:
         for card in sorted((root / dataset).glob("*/card.json")):
             found.setdefault(card.parent.name, card)
@@ -120,17 +120,16 @@ def build(kind: str, text: str | Spec, need: Need) -> Component:
     hashes = registry.source(spec)
     for part in fresh:
         if path is None:
-            raise UsageError(
-                f"no weights for {spec.name} on {family}; train them: "
-                f"python -m benchmark train {spec.name} --dataset {family}, then --weights FOLDER"
-            )
+            raise UsageError(f"no weights for {spec.name} on {family}; {_remedy(kind, spec.name, need)}")
         fresh[part], hashes[part] = _load_part(path.parent, part, card["files"][part], fresh[part])
-    if spec.name == "file":  # code from outside the repository: another text is another component
-        hashes["file"] = sha256(Path(str(spec.argument).partition(":")[0]))
     try:
         module: nn.Module = component(*fresh.values(), **options)
     except ValueError as error:
         raise UsageError(f"{spec.name}: {error}") from error
+    except Exception as error:
+        if spec.name != "file":
+            raise
+        raise UsageError(f"{spec}: {spec.argument} raised {registry.raised(error)}") from error
     if not isinstance(module, nn.Module):
         raise UsageError(f"{spec}: {spec.argument} returned {type(module).__name__}, not a torch.nn.Module")
     if not fresh and module.state_dict():  # it brought weights of its own
@@ -141,13 +140,25 @@ def build(kind: str, text: str | Spec, need: Need) -> Component:
     )  # fmt: skip
 
 
+def _remedy(kind: str, name: str, need: Need) -> str:
+    """How to come by weights that aren't there."""
+    from benchmark.train import recipes  # it builds on this module
+
+    family = need.form.family
+    train = f"train them: python -m benchmark train {name} --dataset {family}, then --weights FOLDER"
+    if name in recipes(family):
+        return train
+    known = [*names(kind, family, need.roots), *(f"{z}:NAME" for z in zoo.ZOOS if kind == "classifiers")]
+    return f"there is no recipe for it either (--weights FOLDER brings your own); what can be named: {', '.join(known)}"
+
+
 def _from_zoo(spec: Spec, need: Need) -> Component:
     """A classifier of another package."""
     found, options = in_zoo(spec, need)
     paths = [obtain(remote, offline=need.offline) for remote in found.files]
     with zoo.trusting(need.trust, ", ".join(map(str, paths)) or str(spec)), network(not need.offline):
         module = found.build()
-    hashes = {path.name: sha256(path) for path in paths} or {"module": fingerprint(module)}
+    hashes = {f"file{i}": sha256(path) for i, path in enumerate(paths)} or {"module": fingerprint(module)}
     return Component(
         module.eval().requires_grad_(False), Spec(spec.name, spec.argument, options), hashes, found.accuracy
     )
@@ -163,8 +174,11 @@ def remotes(text: str, need: Need) -> list[Remote]:
     if spec.name in zoo.ZOOS:
         return in_zoo(spec, need)[0].files
     known = [*names("purifiers", need.form.family, need.roots), *names("classifiers", need.form.family, need.roots)]
-    if spec.name not in known and spec.name != "file":
-        raise UsageError(registry.unknown("purifier or classifier", spec.name, [*known, *zoo.ZOOS]))
+    known += registry.names("attacks")
+    if spec.name == "file":
+        registry.source(spec)
+    elif spec.name not in known:
+        raise UsageError(registry.unknown("component with weights at hand", spec.name, sorted({*known, *zoo.ZOOS})))
     return []
 
 
@@ -185,7 +199,7 @@ def fingerprint(module: nn.Module) -> str:
     """The sha256 of all that can move a module's output: its code, its tensors, its plain attributes."""
     digest = hashlib.sha256(_source(type(module)).encode())
     for key, value in module.state_dict().items():
-        digest.update(key.encode() + value.detach().cpu().numpy().tobytes())
+        digest.update(key.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     for name, child in module.named_modules():
         plain = {k: v for k, v in vars(child).items() if _is_plain(v) and not k.startswith("_")}
         digest.update(f"{name} {type(child).__qualname__} {sorted(plain.items())}".encode())

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser().parse_args(argv)
     except SystemExit as stop:
         return int(stop.code or 0)
-    from benchmark.fetch import network
+    from benchmark.fetch import NetworkForbidden, network
 
     try:
         with network(allowed=not getattr(arguments, "offline", False)):
@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, USAGE)
     except RunError as error:
         return _complain(error, FAILED)
+    except NetworkForbidden as error:
+        return _complain(f"{error}; run without --offline once, or bring the file by hand (fetch --list)", USAGE)
     except KeyboardInterrupt:
         return _complain("interrupted; the same command continues", INCOMPLETE)
     except BrokenPipeError:
@@ -92,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
 
     doctor = _command(commands, "doctor", _doctor, "look for what is missing or broken, and say what mends it")
     doctor.add_argument("--out", default="results/run", metavar="FOLDER", help="where runs would go (results/run)")
+    doctor.add_argument("--data-dir", metavar="FOLDER", help="where data sets lie")
     doctor.add_argument("--json", action="store_true", help="one object")
 
     names = _command(commands, "list", _list, "what can be named")
@@ -290,17 +293,19 @@ def _list(arguments: argparse.Namespace) -> int:
     elif arguments.kind == "attacks":
         entries = [_describe("attacks", name, {}) for name in registry.names("attacks")]
     else:
-        cards = checkpoints.cards(arguments.dataset, roots)
+        family = data.form(arguments.dataset).family
+        cards = checkpoints.cards(family, roots)
         entries = [
             _describe(arguments.kind, name, json.loads(cards[name].read_text()) if name in cards else {})
-            for name in checkpoints.names(arguments.kind, arguments.dataset, roots)
+            for name in checkpoints.names(arguments.kind, family, roots)
         ]
     if arguments.kind == "classifiers":
-        entries += zoo.listing(arguments.dataset.split(":")[0])
+        entries += zoo.listing(family)
     if arguments.json:
         print(json.dumps(entries, indent=2))
     else:
-        width = max(len(entry["name"]) for entry in entries)
+        width = max((len(entry["name"]) for entry in entries), default=0)
+        print("" if entries else f"no {arguments.kind} with weights for {arguments.dataset}", end="", file=sys.stderr)
         for entry in entries:
             rest = [f"{k}: {_in_words(v)}" for k, v in entry.items() if k != "name" and v not in (None, {}, "")]
             print(f"{entry['name']:<{width}}  " + "; ".join(rest))
@@ -333,9 +338,10 @@ def _check(arguments: argparse.Namespace) -> int:
         raise UsageError("name what to check: --purifier, --classifier or --attack SPEC")
     need = _need(arguments)
     images = data.load(arguments.dataset, 64, data_dir=arguments.data_dir, offline=arguments.offline)
-    checks = {spec: getattr(check, kind)(spec, need, images) for kind, spec in wanted.items()}
+    checks = {spec: check.component(kind, spec, need, images) for kind, spec in wanted.items()}
     if arguments.json:
-        print(json.dumps({spec: [c._asdict() for c in found] for spec, found in checks.items()}, indent=2))
+        texts = {spec: [c._asdict() | {"value": str(c.value)} for c in found] for spec, found in checks.items()}
+        print(json.dumps(texts, indent=2))
     else:
         for spec, found in checks.items():
             print(spec)
@@ -347,6 +353,8 @@ def _fetch(arguments: argparse.Namespace) -> int:
     from benchmark import checkpoints, data, registry
     from benchmark.fetch import obtain
 
+    if arguments.weights:
+        Path(arguments.weights).mkdir(parents=True, exist_ok=True)
     need = _need(arguments)
     remotes = []
     for text in [s for item in arguments.specs for e in registry.expand(item) for s in registry.split(e)]:
@@ -354,7 +362,8 @@ def _fetch(arguments: argparse.Namespace) -> int:
     if arguments.list:
         print("\n".join(map(str, remotes)) or "no file to fetch: all weights named are shipped")
         return DONE
-    images = data.load(arguments.dataset, 1, data_dir=arguments.data_dir, offline=arguments.offline)
+    # more than the embedded excerpt holds; of a folder no more than that is decoded
+    images = data.load(arguments.dataset, 1_001, data_dir=arguments.data_dir, offline=arguments.offline)
     print(f"{images.name}: {len(images):,} images or more are at hand")
     for remote in remotes:
         path = obtain(remote, offline=arguments.offline)
@@ -365,7 +374,7 @@ def _fetch(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     from benchmark.doctor import findings
 
-    found = findings(arguments.out)
+    found = findings(arguments.out, arguments.data_dir)
     if arguments.json:
         print(json.dumps({"findings": [f._asdict() for f in found]}, indent=2))
     else:

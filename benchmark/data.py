@@ -28,6 +28,18 @@ class Form(NamedTuple):
     classes: int
 
 
+FORMS = {
+    "fashion-mnist": Form("fashion-mnist", (1, 28, 28), 10),
+    "mnist": Form("mnist", (1, 28, 28), 10),
+    "cifar10": Form("cifar10", (3, 32, 32), 10),
+    "cifar100": Form("cifar100", (3, 32, 32), 100),
+    "svhn": Form("svhn", (3, 32, 32), 10),
+    "celeba": Form("celeba", (3, 64, 64), 2),
+    "imagenet": Form("imagenet", (3, 224, 224), 1000),
+}
+"""The data sets with a name, as they come unless an option says otherwise."""
+
+
 class Request(NamedTuple):
     """What a loader is asked for: at least ``rows`` examples, if there are, from ``root`` or downloaded to it."""
 
@@ -129,8 +141,6 @@ def form(text: str, *, data_dir: str | None = None, offline: bool = False) -> Fo
     Raises:
         UsageError: as ``load``.
     """
-    from benchmark.loaders import FORMS
-
     spec, options = _read(text)
     if spec.name in FORMS and "size" not in spec.options:
         return FORMS[spec.name]

@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmark import checkpoints, data, registry
 from benchmark.data import Form
 from benchmark.errors import UsageError
+from benchmark.fetch import network
 from benchmark.foreign import Foreign
 from purifiers import Defense, Purifier
 
@@ -29,14 +30,16 @@ def load(
     combine: str = "logits",
     norm: str = "Linf",
     weights: str | None = None,
+    data_dir: str | None = None,
     offline: bool = False,
     trust: bool = False,
 ) -> Defense:
     """``benchmark.load``."""
-    form = data.form(dataset, offline=offline) if isinstance(dataset, str) else dataset
-    need = checkpoints.Need(form, norm, (Path(weights),) if weights else (), offline, trust)
-    g = checkpoints.build("purifiers", purifier, need)
-    f = checkpoints.build("classifiers", classifier, need)
+    with network(not offline):
+        form = data.form(dataset, data_dir=data_dir, offline=offline) if isinstance(dataset, str) else dataset
+        need = checkpoints.Need(form, norm, (Path(weights),) if weights else (), offline, trust)
+        g = checkpoints.build("purifiers", purifier, need)
+        f = checkpoints.build("classifiers", classifier, need)
     try:
         defense = Defense(g.module, f.module, copies=copies, combine=combine)
     except ValueError as error:

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmark.errors import UsageError
-from benchmark.fetch import sha256
+from benchmark.fetch import network, sha256
 
-REAL_ROBUSTBENCH = (
-    "python -m pip install --no-deps torchattacks && "
-    "python -m pip install --force-reinstall --no-deps robustbench && python -m pip install -e shims"
-)
+ROBUSTBENCH = "python -m pip install 'robustbench>=1.1.1' 'setuptools<82' && python -m pip install -e shims"
+REAL_ROBUSTBENCH = "python -m pip install --force-reinstall --no-deps robustbench"
+TORCHATTACKS = "python -m pip install --no-deps torchattacks && " + REAL_ROBUSTBENCH
 EXCERPT = "d9e4badbf69d7ea7ed43572d9220a7a50c9fdb161fe3511cbe3900e8f4ffd1f8"
 """The sha256 of the embedded images and labels."""
 
@@ -34,20 +34,22 @@ class Finding(NamedTuple):
     status: str
     value: str
     advice: str = ""
+    threshold: str = ""
 
 
-def findings(out: str = "results/run", path: Sequence[str] | None = None) -> list[Finding]:
+def findings(out: str = "results/run", data_dir: str | None = None, path: Sequence[str] | None = None) -> list[Finding]:
     """All findings, in the order in which to mend them.
 
     Args:
         out: where runs would be written.
+        data_dir: where data sets lie, if not in the cache.
         path: folders of installed packages; by default ``sys.path``.
     """
     path = list(sys.path if path is None else path)
     return [
         finding
-        for check in (_python, _core, _torch_pair, _device, _data, _weights, _writable(out), _robustbench(path),
-                      _torchattacks(path), _autoattack, _pickle, _tests_package, _parquet)
+        for check in (_python, _core, _torch_pair, _device, _data(data_dir), _weights, _writable(out),
+                      _robustbench(path), _torchattacks(path), _autoattack, _pickle, _tests_package, _parquet)
         for finding in check()
     ]  # fmt: skip
 
@@ -80,7 +82,7 @@ def _torch_pair() -> Iterator[Finding]:
     except Exception as error:
         yield Finding(
             "torch-torchvision", "fail", str(error).split("\n")[0],
-            "python -m pip install --force-reinstall torch torchvision  (both from one index)",
+            "python -m pip install --force-reinstall torch torchvision  # both from one index",
         )  # fmt: skip
 
 
@@ -98,25 +100,32 @@ def _device() -> Iterator[Finding]:
         yield Finding("device", "pass", f"no GPU that torch can use: CPU, {threads} threads (budget quick by default)")
 
 
-def _data() -> Iterator[Finding]:
-    if (data := _module("data")) is None:
-        return
-    try:
-        images = data.load("fashion-mnist", 1000, offline=True)
-        digest = hashlib.sha256(images.pixels.numpy().tobytes() + images.labels.numpy().tobytes()).hexdigest()
-        if digest != EXCERPT:
-            raise UsageError(f"sha256 of the embedded images is {digest}, expected {EXCERPT}")
-        yield Finding("data-embedded", "pass", f"{len(images):,} images of fashion-mnist")
-    except Exception as error:
-        yield Finding("data-embedded", "fail", str(error), f"git checkout -- {data.ASSETS}")
-    for name, needed in (("fashion-mnist", 1001), ("mnist", 1), ("cifar10", 1), ("cifar100", 1), ("svhn", 1)):
+def _data(data_dir: str | None) -> Callable[[], Iterator[Finding]]:
+    def check() -> Iterator[Finding]:
+        if (data := _module("data")) is None:
+            return
         try:
-            yield Finding(f"data-{name}", "pass", f"found: {len(data.load(name, needed, offline=True)):,} images")
-        except UsageError:
-            yield Finding(
-                f"data-{name}", "warn", f"not in {data.cache_dir()}",
-                f"python -m benchmark fetch --dataset {name}  (or --data-dir FOLDER where it is)",
-            )  # fmt: skip
+            images = data.load("fashion-mnist", 1000, offline=True)
+            digest = hashlib.sha256(images.pixels.numpy().tobytes() + images.labels.numpy().tobytes()).hexdigest()
+            if digest != EXCERPT:
+                raise UsageError(f"sha256 of the embedded images is {digest}, expected {EXCERPT}")
+            yield Finding("data-embedded", "pass", f"{len(images):,} images of fashion-mnist")
+        except Exception as error:
+            yield Finding("data-embedded", "fail", str(error), f"git checkout -- {data.ASSETS}")
+        for name in data.FORMS:
+            try:
+                with network(allowed=False):
+                    images = data.load(name, 1001, data_dir=data_dir, offline=True)
+                yield Finding(f"data-{name}", "pass", f"found: {len(images):,} images or more")
+            except UsageError as error:
+                where = data_dir or data.cache_dir()
+                by_hand = str(error).split(". ", 1)[-1] if name == "imagenet" else ""
+                yield Finding(
+                    f"data-{name}", "warn", f"not in {where}",
+                    by_hand or f"python -m benchmark fetch --dataset {name}  # or --data-dir FOLDER where it is",
+                )  # fmt: skip
+
+    return check
 
 
 def _weights() -> Iterator[Finding]:
@@ -161,7 +170,7 @@ def _robustbench(path: list[str]) -> Callable[[], Iterator[Finding]]:
         if found is None:
             yield Finding(
                 "robustbench", "warn", "not installed: no robustbench:NAME classifiers",
-                "python -m pip install 'robustbench>=1.1.1' 'setuptools<82' && python -m pip install -e shims",
+                ROBUSTBENCH,
             )  # fmt: skip
             return
         changed = _changed(found)
@@ -170,8 +179,10 @@ def _robustbench(path: list[str]) -> Callable[[], Iterator[Finding]]:
             yield Finding(
                 "robustbench", "warn",
                 f"{len(changed)} files aren't those of robustbench {found.version} ({shown}): torchattacks, installed "
-                "after it, brings an old copy", REAL_ROBUSTBENCH,
+                "after it, brings an old copy", TORCHATTACKS if _installed("torchattacks", path) else REAL_ROBUSTBENCH,
             )  # fmt: skip
+        elif fault := _import_fault("robustbench.utils"):
+            yield Finding("robustbench", "warn", f"{found.version} can't be imported: {fault}", ROBUSTBENCH)
         else:
             yield Finding("robustbench", "pass", f"{found.version}, its files are its own")
         setuptools = _installed("setuptools", path)
@@ -194,13 +205,13 @@ def _torchattacks(path: list[str]) -> Callable[[], Iterator[Finding]]:
     def check() -> Iterator[Finding]:
         found = _installed("torchattacks", path)
         if found is None:
-            yield Finding("torchattacks", "warn", "not installed", REAL_ROBUSTBENCH)
+            yield Finding("torchattacks", "warn", "not installed", TORCHATTACKS)
             return
         requests = _installed("requests", path)
         if requests and requests.version.startswith("2.25."):
             yield Finding(
                 "torchattacks", "warn", f"brought requests {requests.version} of 2021 with it",
-                "python -m pip install --upgrade requests  (torchattacks itself: pip install --no-deps)",
+                "python -m pip install --upgrade requests  # torchattacks itself wants --no-deps",
             )  # fmt: skip
         else:
             yield Finding("torchattacks", "pass", found.version)
@@ -231,7 +242,7 @@ def _pickle() -> Iterator[Finding]:
     if forced:
         yield Finding(
             "safe-loading", "warn", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD is set: any checkpoint may execute code",
-            "unset TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD  (--trust-checkpoint asks for it where it is needed)",
+            "unset TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD  # --trust-checkpoint does it for one run",
         )  # fmt: skip
     elif default is False:
         yield Finding(
@@ -264,6 +275,12 @@ def _module(name: str) -> Any:
         return importlib.import_module(f"benchmark.{name}")
     except Exception:
         return None
+
+
+def _import_fault(name: str) -> str | None:
+    """What importing a package raises, seen from a process of its own; None if it works."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", f"import {name}"], capture_output=True, text=True)
+    return done.stderr.strip().split("\n")[-1] if done.returncode else None
 
 
 def _installed(name: str, path: list[str]) -> metadata.Distribution | None:

@@ -42,7 +42,8 @@ def obtain(remote: Remote, *, offline: bool) -> Path:
     Proxies by the usual variables (HTTPS_PROXY and so on).
 
     Raises:
-        UsageError: if it is missing and can't be fetched, or isn't what it should be; the message says how to bring it.
+        UsageError: if it is missing and may not be fetched, or isn't what it should be; the message says what to do.
+        RunError: if the download fails.
     """
     if not remote.path.is_file():
         if offline:
@@ -52,13 +53,15 @@ def obtain(remote: Remote, *, offline: bool) -> Path:
             aside.parent.mkdir(parents=True, exist_ok=True)
             print(f"fetching {remote}", file=sys.stderr)
             _download(remote.url, aside)
-            _check(remote, aside)
+            if fault := _fault(remote, aside):
+                raise RunError(f"what came is {fault}")
             aside.replace(remote.path)
         except Exception as error:  # gdown, urllib and the file system, each with errors of their own
-            raise UsageError(f"{remote.path}: the download failed: {error}. By hand:\n  {remote}") from error
+            raise RunError(f"{remote.path}: the download failed: {error}. By hand:\n  {remote}") from error
         finally:
             aside.unlink(missing_ok=True)
-    _check(remote, remote.path)
+    if fault := _fault(remote, remote.path):
+        raise UsageError(f"{remote.path} is {fault}; delete it and fetch it again:\n  {remote}")
     return remote.path
 
 
@@ -77,23 +80,15 @@ def _download(url: str, path: Path) -> None:
     torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
 
 
-def _check(remote: Remote, path: Path) -> None:
-    """A page in place of a file, or another file than its publisher's.
-
-    Raises:
-        UsageError: either.
-    """
+def _fault(remote: Remote, path: Path) -> str | None:
+    """What a file is in place of what it should be, or None if it is right as far as can be told."""
     with path.open("rb") as file:
         start = file.read(512).lstrip().lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise UsageError(
-            f"{path} is a web page, not a checkpoint (Google Drive serves one when a quota is used up); "
-            f"delete it and fetch the file:\n  {remote}"
-        )
+        return "a web page, not a checkpoint (Google Drive serves one when a quota is used up)"
     if remote.sha256 and not (found := sha256(path)).startswith(remote.sha256):
-        raise UsageError(
-            f"{path}: sha256 is {found}, expected {remote.sha256}; delete it and fetch it again:\n  {remote}"
-        )
+        return f"another file: its sha256 is {found}, expected {remote.sha256}"
+    return None
 
 
 def sha256(path: Path) -> str:
@@ -105,9 +100,13 @@ def sha256(path: Path) -> str:
 _forbidden = False
 
 
+class NetworkForbidden(OSError):
+    """Something opened a socket under --offline."""
+
+
 def _hook(event: str, arguments: tuple) -> None:
-    if _forbidden and event in ("socket.__new__", "socket.connect", "socket.getaddrinfo"):
-        raise OSError("--offline: the network is off limits")
+    if _forbidden and event.startswith("socket.") and event != "socket.gethostname":
+        raise NetworkForbidden("--offline: the network is off limits")
 
 
 @contextmanager

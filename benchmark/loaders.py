@@ -1,38 +1,24 @@
-"""Where images come from: the embedded excerpt, torchvision's data sets, Parquet files, folders."""
+"""Data sets by name: the embedded excerpt, and those that torchvision reads."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
-import io
-import os
-import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from benchmark.data import ASSETS, VALIDATION, Dataset, Form, Request
+from benchmark.data import ASSETS, FORMS, VALIDATION, Dataset, Request
 from benchmark.errors import UsageError
+from benchmark.pictures import decoded, folder, from_folders, named, parquet
+from benchmark.registry import unknown
 
 SYSTEM = Path("/usr/share/datasets")
 """Where Debian's data set packages put their files."""
-
-FORMS = {
-    "fashion-mnist": Form("fashion-mnist", (1, 28, 28), 10),
-    "mnist": Form("mnist", (1, 28, 28), 10),
-    "cifar10": Form("cifar10", (3, 32, 32), 10),
-    "cifar100": Form("cifar100", (3, 32, 32), 100),
-    "svhn": Form("svhn", (3, 32, 32), 10),
-    "celeba": Form("celeba", (3, 64, 64), 2),
-    "imagenet": Form("imagenet", (3, 224, 224), 1000),
-}
-"""The data sets with a name, as they come unless an option says otherwise."""
-
 
 # --- Fashion-MNIST: an excerpt is embedded -----------------------------------------------------------------------
 
@@ -111,6 +97,7 @@ def _read_idx(path: Path | None) -> np.ndarray:
 def mnist(request: Request, *, split: str = "test") -> Dataset:
     """MNIST: 28×28 grey images of handwritten digits."""
     source = _torchvision("MNIST", request, train=split != "test")
+    _check_mnist(request)
     return _cut("mnist", split, source.data.numpy()[:, None], source.targets)
 
 
@@ -140,13 +127,11 @@ def celeba(request: Request, *, split: str = "test", attribute: str = "Smiling",
     source = _torchvision("CelebA", request, split={"validation": "valid"}.get(split, split))
     known = [name for name in source.attr_names if name]
     if attribute not in known:
-        from benchmark.registry import unknown
-
         raise UsageError(unknown("CelebA attribute", attribute, known))
     labels = source.attr[:, known.index(attribute)]
     files = [request.root / source.base_folder / "img_align_celeba" / name for name in source.filename]
-    name = _named("celeba", split=(split, "test"), attribute=(attribute, "Smiling"), size=(size, 64))
-    return _decoded(name, "celeba", 2, [p.read_bytes for p in files], labels, request.whole_blocks, size, crop=178,
+    name = named("celeba", split=(split, "test"), attribute=(attribute, "Smiling"), size=(size, 64))
+    return decoded(name, "celeba", 2, [p.read_bytes for p in files], labels, request.whole_blocks, size, crop=178,
                     order="\n".join(source.filename))  # fmt: skip
 
 
@@ -167,18 +152,29 @@ def imagenet(request: Request, *, split: str = "test", size: int = 224) -> Datas
             f"from https://image-net.org, sort it into one folder per class (torchvision.datasets.ImageNet does), and "
             f"say where it is: --data-dir FOLDER with FOLDER/imagenet/{part}/n01440764/*.JPEG"
         )
-    name = _named("imagenet", split=(split, "test"), size=(size, 224))
-    return _folders(name, "imagenet", found, request.whole_blocks, size, classes=1000)
+    name = named("imagenet", split=(split, "test"), size=(size, 224))
+    return from_folders(name, "imagenet", found, request.whole_blocks, size, classes=1000)
+
+
+def _check_mnist(request: Request) -> None:
+    """torchvision checks MNIST's archives when it fetches them only."""
+    from torchvision.datasets import MNIST
+    from torchvision.datasets.utils import check_integrity
+
+    for file, md5 in MNIST.resources:
+        archive = request.root / "MNIST" / "raw" / file
+        if archive.is_file() and not check_integrity(str(archive), md5):
+            raise UsageError(f"{archive}: its md5 isn't {md5}; delete {archive.parent} and fetch it again")
 
 
 def _torchvision(name: str, request: Request, **which: Any) -> Any:
-    """One of torchvision's data sets, from the data folder or by its download, checked by its md5 sums."""
+    """One of torchvision's data sets, from the data folder or by its download; it checks md5 sums."""
     from torchvision import datasets
 
     make = getattr(datasets, name)
     try:
         return make(str(request.root), **which, download=False)
-    except (RuntimeError, OSError, EOFError) as missing:
+    except Exception as missing:  # of a damaged file torchvision raises whatever its reader does
         if request.offline:
             raise UsageError(_torchvision_remedy(name, make, request, "--offline forbids the download")) from missing
     try:
@@ -205,161 +201,13 @@ def _torchvision_remedy(name: str, make: Any, request: Request, why: str) -> str
     )
 
 
-# --- Parquet files and folders -----------------------------------------------------------------------------------
-
-
-def parquet(
-    request: Request, path: str, *, split: str = "test", family: str = "", label: str = "label", only: str = "",
-    size: int = 0,
-) -> Dataset:  # fmt: skip
-    """Images in Parquet files, in the layout of the public hubs: ``img`` or ``image`` ({bytes, path} or bytes).
-
-    Args:
-        request: how many, from where.
-        path: a file, or a folder whose files' names say the split.
-        split: which files of a folder.
-        family: the data set whose classifiers, purifiers and radii fit; by default the one that the path names.
-        label: the column of labels.
-        only: a column of booleans: rows where it is false are left out.
-        size: if set, images are resized to 8/7 size on their shorter side and cut to the central size × size pixels.
-    """
-    try:
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise UsageError("reading Parquet files needs pyarrow: python -m pip install pyarrow") from error
-    files = _shards(Path(path).expanduser(), split)
-    family, classes = _family(path, family)
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    images: list[Callable[[], bytes]] = []
-    labels: list[int] = []
-    ids: list[int] = []
-    row, highest = 0, 0
-    for file in files:
-        try:
-            table = pq.ParquetFile(file)
-        except Exception as error:  # pyarrow's own errors derive from ValueError, OSError or neither
-            raise UsageError(f"{file} isn't a Parquet file: {error}") from error
-        columns = table.schema_arrow.names
-        column = next((c for c in ("img", "image") if c in columns), None)
-        missing = [c for c in (label, only) if c and c not in columns]
-        if column is None or missing:
-            raise UsageError(
-                f"{file}: no column {missing[0] if missing else 'img or image'!r}; it has {', '.join(columns)} "
-                "(label=NAME and only=NAME name others)"
-            )
-        highest = max([highest, *table.read([label])[label].to_pylist()])
-        for batch in table.iter_batches(256, columns=[c for c in (column, label, only) if c]):
-            for entry in batch.to_pylist():
-                if len(ids) < request.whole_blocks and (not only or entry[only]):
-                    content = entry[column]
-                    images.append(io.BytesIO(content["bytes"] if isinstance(content, dict) else content).getvalue)
-                    labels.append(entry[label])
-                    ids.append(row)
-                row += 1
-            if len(ids) >= request.whole_blocks:
-                break
-    chosen = {"family": family, "label": (label, "label"), "only": (only, ""), "size": (size, 0)}
-    name = _named(f"parquet:{Path(path).name}", split=(split, "test"), **chosen)  # type: ignore[arg-type]
-    return _decoded(name, family, classes or highest + 1, images, labels, request.whole_blocks, size, ids=ids,
-                    order=digest.hexdigest() + name)  # fmt: skip
-
-
-def folder(request: Request, path: str, *, split: str = "test", family: str = "", size: int = 0) -> Dataset:
-    """Images in one folder per class, whose sorted names are the classes: ``PATH[/SPLIT]/CLASS/*.png|jpg|…``.
-
-    In the order of the sha256 of the file names: any first n are a fixed random sample of the classes.
-
-    Args:
-        request: how many.
-        path: the folder.
-        split: a folder below it, if there is one of that name.
-        family: the data set whose classifiers, purifiers and radii fit; by default the one that the path names.
-        size: if set, images are resized to 8/7 size on their shorter side and cut to the central size × size pixels.
-    """
-    root = Path(path).expanduser()
-    if not root.is_dir():
-        raise UsageError(f"folder:{path}: no such folder; expected {path}/CLASS/*.png")
-    root = root / split if (root / split).is_dir() else root
-    family, classes = _family(path, family)
-    name = _named(f"folder:{Path(path).name}", split=(split, "test"), family=family, size=(size, 0))
-    return _folders(name, family, root, request.whole_blocks, size, classes)
-
-
-def _shards(path: Path, split: str) -> list[Path]:
-    """The Parquet files of a path: itself, or those of a split."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UsageError(f"parquet:{path}: no such file or folder")
-    stems = {"test": ("test", "validation", "valid", "val"), "validation": ("validation", "valid", "val")}
-    everything = sorted(path.rglob("*.parquet"))
-    for stem in stems.get(split, (split,)):
-        if chosen := [f for f in everything if re.match(rf"{stem}\b|{stem}[-_.]", f.name)]:
-            return chosen
-    raise UsageError(
-        f"parquet:{path}: no file of the split {split!r} among {', '.join(f.name for f in everything) or 'no files'}"
-    )
-
-
-def _family(path: str, family: str) -> tuple[str, int | None]:
-    """The data set that a path's images belong to, as told or as the path's parts name it, and its classes."""
-    if family:
-        family = family.replace("_", "-").lower()
-        if family not in FORMS:
-            from benchmark.registry import unknown
-
-            raise UsageError(unknown("data set (family=)", family, sorted(FORMS)))
-    else:
-        parts = [Path(path).stem, *reversed(Path(path).expanduser().absolute().parent.parts)]
-        known = [p.lower().replace("_", "-") for p in parts]
-        family = next((p for p in known if p in FORMS), "")
-    return family or "images", FORMS[family].classes if family else None
-
-
-def _folders(name: str, family: str, root: Path, rows: int, size: int, classes: int | None) -> Dataset:
-    """A data set of one folder per class."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    kinds = sorted(p.name for p in root.iterdir() if p.is_dir())
-    if classes is not None and len(kinds) != classes:
-        raise UsageError(
-            f"{root} has {len(kinds):,} class folders, {family} has {classes:,} classes: labels are the folders' "
-            "places among all, so a part of them would be numbered wrongly"
-        )
-    files = [
-        (f"{kind}/{entry.name}", label)
-        for label, kind in enumerate(kinds)
-        for entry in os.scandir(root / kind)
-        if entry.name.lower().endswith(IMG_EXTENSIONS)
-    ]
-    if not files:
-        raise UsageError(f"no images in {root}/CLASS/: {', '.join(IMG_EXTENSIONS)} are read")
-    files.sort(key=lambda file: hashlib.sha256(file[0].encode()).digest())
-    order = "\n".join(f"{file} {(root / file).stat().st_size}" for file, _ in files)
-    labels = [label for _, label in files]
-    return _decoded(name, family, len(kinds), [(root / f).read_bytes for f, _ in files], labels, rows, size,
-                    order=order)  # fmt: skip
-
-
-# --- shared ------------------------------------------------------------------------------------------------------
-
-
-def _named(base: str, **options: Any) -> str:
-    """A data set's name with the options that aren't as usual: pairs are (value, usual)."""
-    pairs = [
-        f"{key}={value[0] if isinstance(value, tuple) else value}"
-        for key, value in options.items()
-        if not isinstance(value, tuple) or value[0] != value[1]
-    ]
-    return base + ("," if ":" in base else ":") * bool(pairs) + ",".join(pairs)
-
-
 def _cut(family: str, split: str, pixels: np.ndarray, labels: Any, fingerprint: str | None = None) -> Dataset:
     """A split of a data set in memory: the last training images are for validation."""
     first = 0
+    if split != "test" and len(pixels) <= VALIDATION:
+        raise UsageError(
+            f"{family} has {len(pixels):,} training images: too few to cut off {VALIDATION:,} for validation"
+        )
     labels = np.asarray(labels).astype(np.int64)
     if fingerprint is None:
         fingerprint = hashlib.sha256(np.ascontiguousarray(pixels).tobytes() + labels.tobytes()).hexdigest()
@@ -369,53 +217,13 @@ def _cut(family: str, split: str, pixels: np.ndarray, labels: Any, fingerprint: 
         first = len(labels) - VALIDATION
         pixels, labels = pixels[first:], labels[first:]
     return Dataset(
-        _named(family, split=(split, "test")),
+        named(family, split=(split, "test")),
         torch.from_numpy(pixels.copy()),
         torch.from_numpy(labels),
         torch.arange(len(labels)) + first,
         fingerprint,
         FORMS[family],
     )
-
-
-def _decoded(
-    name: str, family: str, classes: int, contents: Sequence[Callable[[], bytes]], labels: Any, rows: int, size: int,
-    *, order: str, crop: int = 0, ids: list[int] | None = None,
-) -> Dataset:  # fmt: skip
-    """A data set of image files, of which the first ``rows`` are decoded."""
-    taken = min(rows, len(contents))
-    if taken == 0:
-        raise UsageError(f"{name} has no images")
-    pixels = list(_pixels(name, contents[:taken], size, crop))
-    shapes = sorted({tuple(p.shape) for p in pixels})
-    if len(shapes) > 1:
-        raise UsageError(f"{name}: images of {len(shapes)} shapes, {shapes[0]} and {shapes[-1]}; size=N makes them one")
-    chosen = torch.as_tensor(labels)[:taken].long()
-    if int(chosen.min()) < 0 or int(chosen.max()) >= classes:
-        raise UsageError(f"{name}: a label is {int(chosen.max())}, {family} has {classes} classes")
-    return Dataset(
-        name, torch.stack(pixels), chosen, torch.tensor(ids or range(taken))[:taken],
-        hashlib.sha256(order.encode()).hexdigest(),
-        Form(family, shapes[0], classes),  # type: ignore[arg-type]
-    )  # fmt: skip
-
-
-def _pixels(name: str, contents: Sequence[Callable[[], bytes]], size: int, crop: int) -> Iterator[Tensor]:
-    """uint8 images (C, H, W): decoded, cut to ``crop``, or resized to 8/7 size and cut to ``size``."""
-    from PIL import Image
-    from torchvision.transforms import functional as f
-
-    for position, content in enumerate(contents):
-        try:
-            opened = Image.open(io.BytesIO(content()))
-            image = opened.convert("L" if opened.mode in ("1", "L", "LA") else "RGB")
-        except (OSError, TypeError, SyntaxError) as error:
-            raise UsageError(f"{name}: image {position} can't be decoded: {error}") from error
-        if crop:
-            image = f.resize(f.center_crop(image, [crop, crop]), [size, size])
-        elif size:
-            image = f.center_crop(f.resize(image, [round(size * 8 / 7)]), [size, size])
-        yield f.pil_to_tensor(image)
 
 
 LOADERS: dict[str, Callable[..., Dataset]] = {

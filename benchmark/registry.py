@@ -143,11 +143,24 @@ def load(kind: str, name: str, argument: str | None = None) -> type:
     return component
 
 
+def raised(error: BaseException) -> str:
+    """What an exception says, and the line of code it came from."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error}"
+    where = error.__traceback__
+    while where and where.tb_next:
+        where = where.tb_next
+    place = f" ({where.tb_frame.f_code.co_filename}:{where.tb_lineno})" if where else ""
+    return f"{type(error).__name__}: {error}{place}"
+
+
 def source(spec: Spec) -> dict[str, str]:
     """The sha256 of a ``file:`` component's file: another text is another component. Empty for the rest."""
     if spec.name != "file":
         return {}
     path = Path((spec.argument or "").partition(":")[0])
+    if not path.is_file():
+        raise UsageError(f"{spec}: {path} is no file; write file:PATH.py:Class")
     return {"source": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
@@ -182,6 +195,8 @@ def resolve(component: Callable, spec: Spec, defaults: Mapping[str, Value] | Non
 
 def unknown(kind: str, name: str, known: list[str]) -> str:
     """The message for a name that doesn't exist: the nearest ones, and the whole list."""
+    if ".py" in name:
+        return f"unknown {kind} {name!r}: a file is written file:{name.removesuffix('.py')}.py:Class"
     near = difflib.get_close_matches(name, known, 3, 0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return f"unknown {kind} {name!r}; {hint}known: {', '.join(known) or 'none'}"
@@ -240,7 +255,10 @@ def _from_file(kind: str, argument: str | None) -> type:
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # where inspect and dataclasses look for it
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # whatever is wrong with somebody's file
+        raise UsageError(f"file:{argument}: {file} can't be imported: {raised(error)}") from error
     found = {c.__name__: c for c in _components(kind, module)}
     made = getattr(module, name, None) if name and not name.startswith("_") else None
     if name not in found and callable(made) and kind != "attacks":

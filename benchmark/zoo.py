@@ -12,6 +12,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from torch import nn
 
 from benchmark import data, registry
@@ -53,7 +54,6 @@ def robustbench(name: str, form: Form, roots: list[Path], *, threat: str = "Linf
         UsageError: for an unknown name, or if robustbench isn't installed.
     """
     figures = leaderboard()
-    ids = {n: f for (d, t, n), f in figures.items() if (d, t) == (form.family, threat)}
     with _quiet():
         try:
             from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
@@ -74,23 +74,24 @@ def robustbench(name: str, form: Form, roots: list[Path], *, threat: str = "Linf
             "threat=NAME names another threat model; parquet:PATH,family=NAME says which data set the images are"
         ) from None
     if name not in zoo:
-        raise UsageError(registry.unknown(f"RobustBench model for {form.family}, {threat}", name, sorted(zoo)))
-    ids_or_one = zoo[name].get("gdrive_id")
-    drive = [ids_or_one] if isinstance(ids_or_one, str) and ids_or_one else (ids_or_one or [])
-    several = isinstance(ids_or_one, list)
-    relative = Path(form.family) / threat / f"{name}.pt"
-    names = [f"{relative}_m{i}.pt" for i in range(len(drive))] if several else [str(relative)] * bool(drive)
-    root = next((r for r in folders(roots) if names and all((r / n).is_file() for n in names)), None)
+        elsewhere = [t for d, t, n in figures if (d, n) == (form.family, name)]
+        hint = f" ({name} is for {elsewhere[0]}: robustbench:{name},threat={elsewhere[0]})" if elsewhere else ""
+        raise UsageError(registry.unknown(f"RobustBench model for {form.family}, {threat}{hint}", name, sorted(zoo)))
+    drive = zoo[name].get("gdrive_id") or []  # an id, or one for each member of an ensemble
+    first = Path(form.family) / threat / f"{name}.pt"
+    paths = [first] if isinstance(drive, str) else [Path(f"{first}_m{i}.pt") for i in range(len(drive))]
+    drive = [drive] if isinstance(drive, str) else drive
+    root = next((r for r in folders(roots) if paths and all((r / p).is_file() for p in paths)), None)
     root = root or (roots[0] if roots else folders([])[-1])
     files = [
-        Remote(root / file, f"https://drive.google.com/uc?id={key}") for file, key in zip(names, drive, strict=True)
+        Remote(root / path, f"https://drive.google.com/uc?id={key}") for path, key in zip(paths, drive, strict=True)
     ] or _hub_file(name, f"{name.lower().replace('-', '_')}_{form.family}_{threat.lower()}")
 
     def build() -> nn.Module:
         with _quiet():
             return load_model(name, model_dir=str(root), dataset=form.family, threat_model=threat)
 
-    figure = ids.get(name)
+    figure = figures.get((form.family, threat, name))
     return Model(files, build, None if figure is None or figure["clean"] is None else figure["clean"] / 100)
 
 
@@ -117,7 +118,7 @@ def _hub_file(name: str, timm_name: str) -> list[Remote]:
         url = ResNet50_Weights.IMAGENET1K_V1.url
     else:
         url = timm.get_pretrained_cfg(timm_name).url if timm.is_model(timm_name) else ""
-    return [Remote(Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1], url)] if url else []
+    return [Remote(Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1], url, _digest(url))] if url else []
 
 
 def listing(family: str) -> list[dict[str, Any]]:
@@ -157,14 +158,15 @@ def timm(name: str, form: Form, roots: list[Path]) -> Model:
     config = library.get_pretrained_cfg(name)
     _fits(f"timm:{name}", form, config.num_classes)
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    relative = Path("imagenet") / "timm" / f"{name}.safetensors"
     repository = str(config.hf_hub_id).rstrip("/") if config.hf_hub_id else None
     url = f"{hub}/{repository}/resolve/main/model.safetensors" if repository else config.url
+    relative = Path("imagenet") / "timm" / (name + Path(url).suffix)
     path = next((r / relative for r in folders(roots) if (r / relative).is_file()), None)
     path = path or _cached(repository) or (roots[0] if roots else folders([])[-1]) / relative
 
     def build() -> nn.Module:
-        net = library.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(path)})
+        overlay = {"file": str(path), "custom_load": False}  # else timm's own readers, of pickled data too
+        net = library.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
         return Pretrained(net, size=config.input_size[-1], mean=config.mean, std=config.std)
 
     return Model([Remote(path, url)], build, None)
@@ -190,11 +192,10 @@ def torchvision(name: str, form: Form, roots: list[Path], *, weights: str = "DEF
         raise UsageError(registry.unknown("torchvision model", name, known))
     choices = models.get_model_weights(name)
     if weights != "DEFAULT" and weights not in choices.__members__:
-        raise UsageError(registry.unknown(f"weights of {name}", weights, ["DEFAULT", *choices.__members__]))
+        raise UsageError(registry.unknown(f"weights of {name}", weights, sorted(choices.__members__)))
     chosen = choices[weights]
     _fits(f"torchvision:{name}", form, len(chosen.meta["categories"]))
     file = chosen.url.rsplit("/", 1)[1]
-    digest = re.search(r"-([0-9a-f]{8,})\.", file)
     relative = Path("imagenet") / "torchvision" / file
     cached = Path(torch.hub.get_dir()) / "checkpoints" / file
     path = next((p for p in [*(r / relative for r in folders(roots)), cached] if p.is_file()), None)
@@ -208,7 +209,13 @@ def torchvision(name: str, form: Form, roots: list[Path], *, weights: str = "DEF
 
     accuracy = chosen.meta["_metrics"]["ImageNet-1K"]["acc@1"] / 100
     size = int(chosen.meta["_file_size"] * 2**20)
-    return Model([Remote(path, chosen.url, digest.group(1) if digest else None, size)], build, accuracy)
+    return Model([Remote(path, chosen.url, _digest(file), size)], build, accuracy)
+
+
+def _digest(url: str) -> str | None:
+    """The start of the sha256 that torch's and timm's file names carry."""
+    found = re.search(r"-([0-9a-f]{8,})\.", url)
+    return found.group(1) if found else None
 
 
 def _fits(what: str, form: Form, classes: int) -> None:
@@ -244,9 +251,10 @@ def trusting(trust: bool, what: str) -> Iterator[None]:
     Raises:
         UsageError: for a checkpoint that only loads by executing code, or that is no checkpoint.
     """
-    kept = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
-    if trust:
-        os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # torch's own way to tell a load that isn't ours
+    # torch's own way to tell a load that isn't ours; it goes before defaults and arguments
+    safe, unsafe = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    kept = {name: os.environ.pop(name, None) for name in (safe, unsafe)}
+    os.environ[unsafe if trust else safe] = "1"
     try:
         yield
     except pickle.UnpicklingError as error:
@@ -258,11 +266,13 @@ def trusting(trust: bool, what: str) -> Iterator[None]:
         raise UsageError(f"{what} isn't a checkpoint; delete it and fetch it again") from error
     except OSError as error:
         raise UsageError(f"{what} needs a file from the network: {error}") from error
-    except (RuntimeError, EOFError, KeyError) as error:
+    except (RuntimeError, EOFError, KeyError, ValueError, SafetensorError) as error:
         raise UsageError(f"{what} doesn't fit the network, or is damaged: {error}") from error
     finally:
-        if trust and kept is None:
-            del os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"]
+        for name, value in kept.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _wanted(message: str) -> str | None:

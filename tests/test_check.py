@@ -28,6 +28,7 @@ FAULTS = {
     "stochastic-as-declared": GOOD.replace("+ 0.1 * noise.normal(\"blur\", like=x)", ""),
     "zero-gradients": GOOD.replace("avg_pool2d(state", "avg_pool2d(state.round()"),
     "finite-differences": GOOD.replace("avg_pool2d(state", "avg_pool2d(0.5 * state + 0.5 * state.detach()"),
+    "finite-logits": GOOD.replace("return x +", "return x / 0 * 0 +").replace(".clamp(0, 1)", ""),
     "runs": GOOD.replace("return x +", "return undefined +"),
     "eval-mode": GOOD.replace("def start", "def train(self, mode=True): return super().train(True)\n    def start"),
 }  # fmt: skip
@@ -120,6 +121,29 @@ def test_a_broken_attack_is_told_what_is_wrong(fault, body, file, capsys):
     assert cli.main(["check", "--attack", file(BASE + body), "--json"]) == cli.FAILED
     (checks,) = json.loads(capsys.readouterr().out).values()
     assert fault in {c["id"] for c in checks if c["status"] == "fail"}
+
+
+def test_rounding_most_of_an_image_is_seen(file, capsys):
+    text = GOOD.replace("return avg_pool2d(state", "state = __import__('torch').cat("
+                        "[state[..., :27].round(), state[..., 27:]], -1); return avg_pool2d(state")  # fmt: skip
+    assert cli.main(["check", "--purifier", file(text)]) == cli.FAILED
+    assert "FAIL zero-gradients           0% of images, 9" in capsys.readouterr().out
+
+
+def test_float32_inside_is_no_wrong_gradient(file, capsys):
+    text = GOOD.replace("avg_pool2d(state, 3, 1, 1)", "avg_pool2d(state.float(), 3, 1, 1).to(state)")
+    assert cli.main(["check", "--purifier", file(text)]) == cli.DONE
+
+
+@pytest.mark.parametrize("kind, text", [
+    ("classifier", "import torch\nclass Mine(torch.nn.Module):\n    def forward(self, x): return x.nothing"),
+    ("purifier", "import torch\nclass Mine(torch.nn.Module):\n    def forward(self, x): return x.nothing"),
+    ("attack", BASE + "    def step(self, k, state, *rest): return state['nothing']"),
+])  # fmt: skip
+def test_what_raises_is_a_failed_check_with_its_line(kind, text, file, capsys):
+    assert cli.main(["check", f"--{kind}", file(text)]) == cli.FAILED
+    out = capsys.readouterr().out
+    assert "FAIL runs" in out and "nothing" in out and "mine.py:" in out
 
 
 def test_nothing_to_check_is_bad_usage(capsys):

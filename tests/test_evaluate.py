@@ -552,7 +552,20 @@ class Brightness(Classifier):
         return -((9 * x.flatten(1).mean(1, keepdim=True) - torch.arange(10.0, dtype=x.dtype)) ** 2)
 
 
-# --- few classes
+# --- few classes, and others than the data set's
+
+
+def test_a_classifier_of_another_data_set_is_refused(tmp_path):
+    from benchmark import data
+
+    images = data.load("fashion-mnist")
+    for classes, message in ((20, "fashion-mnist has 10 classes, the classifier has 20 outputs"), (7, "has 7 outputs")):
+        net = nn.Sequential(nn.Flatten(), nn.Linear(784, classes))
+        with pytest.raises(UsageError, match=message):
+            evaluate(Defense(Identity(), net), data=images, attack="pgd:steps=1", n=4, out=tmp_path, quiet=True)
+    colour = nn.Sequential(nn.Conv2d(3, 10, 28), nn.Flatten())
+    with pytest.raises(UsageError, match=r"takes no images of shape \(1, 28, 28\)"):
+        evaluate(Defense(Identity(), colour), data=images, attack="pgd:steps=1", n=4, out=tmp_path, quiet=True)
 
 
 class Threshold(nn.Module):

@@ -104,6 +104,10 @@ def test_mnist_and_svhn_from_torchvisions_own_files(server, tmp_path, monkeypatc
     monkeypatch.setattr(MNIST, "resources", resources)
     mnist = data.load("mnist", 12, data_dir=str(tmp_path))
     assert np.array_equal(mnist.pixels[:, 0].numpy(), digits) and mnist.labels.tolist() == labels.tolist()
+    damaged = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
+    damaged.write_bytes(damaged.read_bytes() + b"x")
+    with pytest.raises(UsageError, match="its md5 isn't"):
+        data.load("mnist", 12, data_dir=str(tmp_path), offline=True)
 
     houses = RNG.integers(0, 256, (32, 32, 3, 7), dtype=np.uint8)
     savemat(root / "test_32x32.mat", {"X": houses, "y": np.array([[10], [1], [2], [3], [4], [5], [6]], np.uint8)})
@@ -297,6 +301,71 @@ def test_imagenet_in_torchvisions_layout_is_resized_and_cut(tmp_path):
         data.load("imagenet", data_dir=str(tmp_path), offline=True)
 
 
+def test_grey_images_among_coloured_ones_take_the_data_sets_channels(tmp_path):
+    """ImageNet's validation set has grey JPEGs."""
+    for i, mode in enumerate(("L", "RGB", "CMYK")):
+        folder = tmp_path / "imagenet" / "val" / f"n{i:08d}"
+        folder.mkdir(parents=True)
+        Image.new(mode, (300, 260)).save(folder / "a.JPEG")
+    for i in range(3, 1000):
+        (tmp_path / "imagenet" / "val" / f"n{i:08d}").mkdir()
+    assert data.load("imagenet", 3, data_dir=str(tmp_path), offline=True).pixels.shape == (3, 3, 224, 224)
+    mixed = tmp_path / "mixed" / "a"
+    mixed.mkdir(parents=True)
+    Image.new("L", (9, 9), 77).save(mixed / "grey.png")
+    Image.new("RGB", (9, 9), (1, 2, 3)).save(mixed / "colour.png")
+    pixels = data.load(f"folder:{tmp_path / 'mixed'}", 2).pixels
+    assert sorted(p[:, 0, 0].tolist() for p in pixels) == [[1, 2, 3], [77, 77, 77]]
+
+
+def test_images_that_do_not_fit_their_family_are_named(tmp_path):
+    path = write(tmp_path / "fashion-mnist.parquet", PIXELS[:3])
+    with pytest.raises(UsageError, match=r"shape \(1, 32, 32\), those of fashion-mnist are \(1, 28, 28\); size=N"):
+        data.load(f"parquet:{path}")
+
+
+def test_no_split_is_taken_for_another(tmp_path):
+    path = write(tmp_path / "pets" / "validation-0.parquet", PIXELS[:3])
+    with pytest.raises(UsageError, match="a file has no splits"):
+        data.load(f"parquet:{path},split=train")
+    with pytest.raises(UsageError, match="no file of the split 'test' among validation-0.parquet; split=NAME"):
+        data.load(f"parquet:{tmp_path / 'pets'}")
+    assert len(data.load(f"parquet:{tmp_path / 'pets'},split=validation")) == 3
+    folders(tmp_path / "flat", ["a"])
+    with pytest.raises(UsageError, match="no folder .*/train for split=train"):
+        data.load(f"folder:{tmp_path / 'flat'},split=train")
+
+
+@pytest.mark.parametrize("column, values, message", [
+    ("label", ["a", "b"], "labels are integers"), ("label", [1.5, 2.0], "labels are integers"),
+    ("label", [1, None], "1 rows have no 'label'"), ("exact", ["false", "true"], "only=COLUMN names booleans"),
+    ("img", [[1, 2], [3]], "holds no bytes of an image"),
+])  # fmt: skip
+def test_parquet_columns_of_another_type_are_named(tmp_path, column, values, message):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = {"img": [png(p) for p in PIXELS[:2]], "label": [0, 1], "exact": [True, False]} | {column: values}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "x.parquet")
+    with pytest.raises(UsageError, match=message):
+        data.load(f"parquet:{tmp_path / 'x.parquet'},only=exact")
+
+
+def test_too_few_training_images_give_no_validation_split(cifar10, tmp_path, monkeypatch):
+    monkeypatch.setattr(loaders, "VALIDATION", 100)
+    with pytest.raises(UsageError, match="100 training images: too few"):
+        data.load("cifar10:split=validation", data_dir=str(tmp_path / "data"))
+
+
+def test_the_contents_of_a_folder_are_part_of_its_identity(tmp_path):
+    folder = tmp_path / "a" / "x"
+    folder.mkdir(parents=True)
+    Image.new("L", (4, 4), 0).save(folder / "i.bmp")
+    before = data.load(f"folder:{tmp_path / 'a'}").fingerprint
+    Image.new("L", (4, 4), 255).save(folder / "i.bmp")  # as many bytes
+    assert data.load(f"folder:{tmp_path / 'a'}").fingerprint != before
+
+
 def test_without_imagenet_the_error_says_where_it_goes(tmp_path):
     with pytest.raises(UsageError, match="--data-dir FOLDER with FOLDER/imagenet/val/n01440764"):
         data.load("imagenet", data_dir=str(tmp_path))
@@ -305,6 +374,6 @@ def test_without_imagenet_the_error_says_where_it_goes(tmp_path):
 
 
 def test_every_named_data_set_has_a_form_without_being_there():
-    for name, form in loaders.FORMS.items():
+    for name, form in data.FORMS.items():
         assert data.form(name, offline=True) == form and form.family == name
         assert data.about(name)

@@ -12,7 +12,7 @@ import torch
 
 from benchmark import checkpoints, cli, data, fetch, loaders, zoo
 from benchmark.checkpoints import Need
-from benchmark.errors import UsageError
+from benchmark.errors import RunError, UsageError
 from benchmark.fetch import Remote, obtain, sha256
 
 CIFAR10, IMAGENET = data.form("cifar10"), data.form("imagenet")
@@ -105,7 +105,7 @@ def test_a_model_loads_by_name_from_robustbenchs_layout(tmp_path):
     path = small(tmp_path / "w")
     built = checkpoints.build("classifiers", "robustbench:Sehwag2021Proxy_R18", Need(CIFAR10, roots=(tmp_path / "w",)))
     assert str(built.spec) == "robustbench:Sehwag2021Proxy_R18,threat=Linf" and built.accuracy == 0.8459
-    assert built.weights == {path.name: sha256(path)}
+    assert built.weights == {"file0": sha256(path)}
     x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     assert torch.equal(built.module(x), architecture("Sehwag2021Proxy_R18").eval()(x))
     assert not built.module.training and not any(p.requires_grad for p in built.module.parameters())
@@ -135,6 +135,7 @@ def test_a_missing_model_names_address_and_path(tmp_path):
 @pytest.mark.parametrize("name, text", [
     ("robustbench:Carmon2019Unlabled", "did you mean Carmon2019Unlabeled"),
     ("robustbench:Carmon2019Unlabeled,threat=L1", "RobustBench has no models for cifar10, L1; it has: cifar10 Linf"),
+    ("robustbench:Carmon2019Unlabeled,threat=L2", "is for Linf: robustbench:Carmon2019Unlabeled,threat=Linf"),
     ("robustbench", "write robustbench:NAME"),
     ("robustbench:Standard,eps=1", "unknown option 'eps'"),
     ("torchvision:resnet50", "1,000 classes of colour images, cifar10 has 10 classes"),
@@ -189,6 +190,16 @@ def test_no_pickle_executes_code_unasked(tmp_path):
     assert "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
+def test_a_setting_of_the_shell_does_not_undo_safe_loading(tmp_path, monkeypatch):
+    mark = tmp_path / "executed"
+    content = {"state_dict": architecture("Sehwag2021Proxy_R18").state_dict(), "extra": Payload(str(mark))}
+    small(tmp_path / "w", content=content)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(UsageError, match="--trust-checkpoint"):
+        checkpoints.build("classifiers", "robustbench:Sehwag2021Proxy_R18", Need(CIFAR10, roots=(tmp_path / "w",)))
+    assert not mark.exists() and os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+
+
 # --- timm and torchvision, for ImageNet
 
 
@@ -231,7 +242,27 @@ def test_a_timm_model_from_a_file(tmp_path):
     x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (net.default_cfg["mean"], net.default_cfg["std"]))
     assert torch.allclose(built.module(x), net((x - mean) / std))
-    assert built.weights == {path.name: sha256(path)}
+    assert built.weights == {"file0": sha256(path)}
+
+
+def test_timms_own_pickle_readers_are_not_used(tmp_path):
+    """Models with a loader of their own in timm (augreg's read numpy archives) load from safetensors too."""
+    import timm
+    from safetensors.torch import save_file
+
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    with torch.random.fork_rng():
+        net = timm.create_model(name).eval()
+    (remote,) = zoo.timm(name, IMAGENET, [tmp_path]).files
+    remote.path.parent.mkdir(parents=True)
+    save_file(net.state_dict(), remote.path)
+    need = Need(IMAGENET, roots=(tmp_path,), offline=True)
+    built = checkpoints.build("classifiers", f"timm:{name}", need)
+    x = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(built.module(x), net((x - 0.5) / 0.5), atol=1e-5)
+    remote.path.write_bytes(remote.path.read_bytes()[:500])
+    with pytest.raises(UsageError, match="doesn't fit the network, or is damaged"):
+        checkpoints.build("classifiers", f"timm:{name}", need)
 
 
 def test_the_hubs_address_is_a_setting(monkeypatch):
@@ -262,7 +293,7 @@ def test_what_is_not_the_file_is_not_kept(server, tmp_path, served, text):
     if served is not None:
         (root / "net.pt").write_bytes(served)
     remote = Remote(tmp_path / "there" / "net.pt", f"{address}/net.pt", "00000000", 7)
-    with pytest.raises(UsageError, match=text) as error:
+    with pytest.raises(RunError, match=text) as error:
         obtain(remote, offline=False)
     assert f"{address}/net.pt → {remote.path}" in str(error.value)
     assert not list((tmp_path / "there").iterdir())
@@ -293,6 +324,8 @@ def test_the_fetch_command_brings_and_lists(server, tmp_path, monkeypatch, capsy
     assert sha256(Path("w/cifar10/Linf/Sehwag2021Proxy_R18.pt")) == sha256(model)
     assert cli.main(["fetch", "resnett"]) == cli.USAGE
     assert "did you mean resnet" in capsys.readouterr().err
+    assert cli.main(["fetch", "file:/nope.py:X"]) == cli.USAGE
+    assert "/nope.py is no file" in capsys.readouterr().err
 
 
 def test_offline_opens_no_socket(capsys, tmp_path, monkeypatch):
@@ -300,8 +333,9 @@ def test_offline_opens_no_socket(capsys, tmp_path, monkeypatch):
     with fetch.network(allowed=False):
         with pytest.raises(OSError, match="--offline"):
             socket.socket()
-        with pytest.raises(OSError, match="--offline"):
-            socket.getaddrinfo("localhost", 80)
+        for resolve in (lambda: socket.getaddrinfo("localhost", 80), lambda: socket.gethostbyname("localhost")):
+            with pytest.raises(OSError, match="--offline"):
+                resolve()
         assert os.environ["HF_HUB_OFFLINE"] == "1"
     socket.socket().close()
     command = ["run", "--purifier", "identity", "--attack", "pgd:steps=1", "--n-examples", "2", "--offline",
@@ -312,8 +346,8 @@ def test_offline_opens_no_socket(capsys, tmp_path, monkeypatch):
         socket.create_connection(("localhost", 80))
 
     monkeypatch.setitem(loaders.LOADERS, "careless", careless)
-    with pytest.raises(OSError, match="--offline: the network is off limits"):
-        cli.main([*command, "--dataset", "careless"])
+    assert cli.main([*command, "--dataset", "careless"]) == cli.USAGE
+    assert "--offline: the network is off limits" in capsys.readouterr().err
     assert cli.main([*command, "--dataset", "cifar10"]) == cli.USAGE
     assert "--offline forbids the download" in capsys.readouterr().err
 
@@ -327,6 +361,33 @@ def test_listing_shows_the_zoo(capsys):
     assert "robustbench:Rice2020Overfitting,threat=L2" in entries
     assert cli.main(["list", "classifiers", "--dataset", "imagenet"]) == cli.DONE
     assert "torchvision:resnet50 " in capsys.readouterr().out
+    assert cli.main(["list", "classifiers", "--dataset", "svhn"]) == cli.DONE, "none, and no trace"
+    assert "no classifiers with weights for svhn" in capsys.readouterr().err
+    assert cli.main(["list", "classifiers", "--dataset", "cifar"]) == cli.USAGE
+    assert "did you mean cifar10" in capsys.readouterr().err
+
+
+def test_without_weights_the_remedy_is_one_that_works(capsys):
+    assert cli.main(["plan", "--dataset", "cifar10", "--offline"]) == cli.USAGE
+    with pytest.raises(UsageError, match=r"no weights for diffpure on cifar10; there is no recipe .* identity"):
+        checkpoints.build("purifiers", "diffpure", Need(CIFAR10))
+    with pytest.raises(UsageError, match=r"no weights for resnet18 on fashion-mnist; .* resnet, resnet-at"):
+        checkpoints.build("classifiers", "resnet18", Need(data.form("fashion-mnist")))
+
+
+@pytest.mark.parametrize("text, message", [
+    ("def Mine(:", "can't be imported: SyntaxError"),
+    ("import nothing_of_the_kind", "can't be imported: ModuleNotFoundError.*mine.py:1"),
+    ("def Mine(): raise KeyError('x')", "raised KeyError: 'x'.*mine.py:1"),
+    ("def Mine(path): ...", "raised TypeError"),
+    ("def Mine(): return None", "returned NoneType, not a torch.nn.Module"),
+])  # fmt: skip
+def test_somebodys_file_that_does_not_run_is_named_with_its_line(tmp_path, text, message):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        checkpoints.build("classifiers", f"file:{tmp_path / 'mine.py'}:Mine", Need(CIFAR10))
+    with pytest.raises(UsageError, match="a file is written file:mine.py:Class"):
+        checkpoints.build("purifiers", "mine.py:Mine", Need(CIFAR10))
 
 
 def test_the_bundled_resnet18_is_loaded_from_its_package():
