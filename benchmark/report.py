@@ -276,7 +276,7 @@ def _markdown(table: list[dict[str, Any]], specs: Sequence[str] = ()) -> str:
         any_iteration = "–"
         if r["robust_any_iteration"] is not None:
             any_iteration = f"{_percent(r['robust_any_iteration'])} ({_percent(r['null_floor'])})"
-        seconds = "–" if r["seconds_per_image"] is None else f"{r['seconds_per_image']:.2g}"
+        seconds = "–" if r["seconds_per_image"] is None else f"{float(f'{r["seconds_per_image"]:.2g}'):g}"
         cells = [
             r["purifier"], r["classifier"], r["display"], r["view"], r["norm"], r["eps"], str(r["n"]), str(r["draws"]),
             _with_interval(r, "clean"),
