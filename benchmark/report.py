@@ -276,7 +276,7 @@ def _markdown(table: list[dict[str, Any]], specs: Sequence[str] = ()) -> str:
         any_iteration = "–"
         if r["robust_any_iteration"] is not None:
             any_iteration = f"{_percent(r['robust_any_iteration'])} ({_percent(r['null_floor'])})"
-        seconds = "–" if r["seconds_per_image"] is None else f"{float(f'{r["seconds_per_image"]:.2g}'):g}"
+        seconds = "–" if r["seconds_per_image"] is None else _two_digits(r["seconds_per_image"])
         cells = [
             r["purifier"], r["classifier"], r["display"], r["view"], r["norm"], r["eps"], str(r["n"]), str(r["draws"]),
             _with_interval(r, "clean"),
@@ -302,6 +302,11 @@ def _markdown(table: list[dict[str, Any]], specs: Sequence[str] = ()) -> str:
 
 def _with_interval(row: dict[str, Any], key: str) -> str:
     return f"{_percent(row[key])} [{_percent(row[f'{key}_low'])}, {_percent(row[f'{key}_high'])}]"
+
+
+def _two_digits(value: float) -> str:
+    """A number to two digits, without an exponent."""
+    return f"{float(f'{value:.2g}'):g}"
 
 
 def _percent(value: float) -> str:
