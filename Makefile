@@ -15,7 +15,7 @@ run: install
 	$(BIN)/python -m benchmark run --purifier diffpure --attack autoattack $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 slow: install
 	$(BIN)/python -m pytest -q -m slow $(ARGS)

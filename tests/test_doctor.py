@@ -14,6 +14,13 @@ import pytest
 from benchmark import checkpoints, cli, data, doctor
 
 
+@pytest.fixture(autouse=True)
+def importable(request, monkeypatch):
+    """Importing robustbench in a process of its own takes seconds: one test does it, the others say that it works."""
+    if "healthy" not in request.node.name:
+        monkeypatch.setattr(doctor, "_import_fault", lambda name: None)
+
+
 def by_id(found: list[doctor.Finding]) -> dict[str, doctor.Finding]:
     return {f.id: f for f in found}
 
@@ -132,3 +139,10 @@ def test_extras_that_are_missing_are_warnings(missing, monkeypatch):
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda n, *a: None if n == missing else real(n, *a))
     found = by_id(doctor.findings())[{"pyarrow": "parquet"}.get(missing, missing)]
     assert found.status == "warn" and "pip install" in found.advice
+
+
+def test_a_robustbench_that_does_not_import_is_named(tmp_path, monkeypatch):
+    install(tmp_path, "robustbench", "1.1.1", REAL)
+    monkeypatch.setattr(doctor, "_import_fault", lambda name: "ModuleNotFoundError: No module named 'gdown'")
+    found = by_id(doctor.findings(path=[str(tmp_path)]))["robustbench"]
+    assert found.status == "warn" and "gdown" in found.value and "pip install" in found.advice
