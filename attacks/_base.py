@@ -63,6 +63,10 @@ class Attack(ABC):
     def evaluations(self, stochastic: bool) -> int:
         """Draws of the defense that the attack looks at per image, all iterations together (forwards)."""
 
+    def distinct(self, stochastic: bool) -> int:
+        """How many different draws those are, were x never moved: what the null floor of the loop is measured with."""
+        return self.evaluations(stochastic)
+
     def gradients(self, stochastic: bool) -> int:
         """Draws of the defense that it differentiates per image (backwards)."""
         return self.evaluations(stochastic)

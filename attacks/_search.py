@@ -50,6 +50,9 @@ class RandomSearch(Attack):
         renewals = (self.queries - 1) // self.refresh if stochastic else 0
         return (self.queries + renewals) * self.eot
 
+    def distinct(self, stochastic: bool) -> int:
+        return -(-self.queries // self.refresh) * self.eot
+
     def gradients(self, stochastic: bool) -> int:
         return 0
 

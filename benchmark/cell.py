@@ -312,7 +312,7 @@ class Cell:
                 "null_wrong": int(null[i]),
                 "fallback": bool(distance[i] == 0),
                 "package_verdict": None if found.package_correct is None else bool(found.package_correct[i]),
-                "forwards": found.forwards + extra + (self.attack.evaluations(True) if self.stochastic else 0),
+                "forwards": found.forwards + extra + (self.attack.distinct(True) if self.stochastic else 0),
                 "backwards": found.backwards,
             }
             for i in range(len(ids))
@@ -364,10 +364,10 @@ class Cell:
         return kept[key][:, :count]
 
     def _null(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
-        """Of as many draws as the attack sees in its loop, how many are wrong at x itself."""
-        if not self.stochastic:
+        """Of as many different draws as the attack sees in its loop, how many are wrong at x itself."""
+        if not self.stochastic or self.attack.distinct(True) == 0:
             return torch.zeros(len(x), dtype=torch.long)
-        predicted = _classes(self._at_x(x, ids, "null", self.attack.evaluations(True)))
+        predicted = _classes(self._at_x(x, ids, "null", self.attack.distinct(True)))
         return (predicted != y[:, None]).sum(1)
 
 

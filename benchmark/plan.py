@@ -34,10 +34,10 @@ class Plan:
 
 
 def plan(attack: Attack, *, stochastic: bool, nfe: int, n: int, select: int, draws: int, versions: int) -> Plan:
-    """The plan of one cell: the attack, the null floor (its in-loop draws at x, forward), selection, three verdicts."""
+    """The plan of one cell: the attack, the null floor (its different draws, at x), selection, three verdicts."""
     observed = attack.evaluations(stochastic)
     verdicts = 3 * draws + (versions + 1) * select
-    null = observed if stochastic else 0
+    null = attack.distinct(True) if stochastic else 0
     return Plan(
         n, nfe, observed + null + verdicts, attack.gradients(stochastic), attack.package is not None and not stochastic
     )

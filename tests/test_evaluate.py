@@ -213,6 +213,20 @@ def test_null_defense_breaks_in_the_loop_no_more_than_at_its_floor(null_runs):
         assert row["robust_any_iteration"] < 0.8 and abs(row["robust_any_iteration"] - row["null_floor"]) < 0.15
 
 
+@pytest.mark.parametrize("attack, draws", [
+    ("square:queries=30,eot=2,refresh=10", 6), ("uniform:queries=12,eot=2,refresh=1", 24),
+    ("lf:steps=2,eot=2,block=2", 4), ("transfer:steps=2,eot=2", 4), ("identity", 0),
+])  # fmt: skip
+def test_null_defense_reads_its_accuracy_under_the_other_attacks(attack, draws, tmp_path):
+    """And its floor is measured with as many draws as the attack's are different: square asks its own again."""
+    x, y = torch.rand(256, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(256, dtype=torch.long)
+    result = evaluate(Defense(Coin(), ReadsTheCoin()), (x, y), attack, eps="16/255", n=256, out=tmp_path, quiet=True)
+    for key in ("clean", "adv", "random"):
+        assert contains(result.records, key, 0.9), key
+    floors = [{"label": 1, "hit": [int(r["null_wrong"] == 0)]} for r in result.records]
+    assert contains(floors, "hit", 0.9**draws) if draws else all(f["hit"] == [1] for f in floors)
+
+
 def test_worst_case_takes_each_image_from_the_attack_with_the_fewest_correct_select_draws(null_runs):
     *_, worst = report.rows(null_runs, worst_case=True)
     select = np.stack([report.shares(run["records"], "select") for run in null_runs])
