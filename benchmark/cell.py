@@ -347,10 +347,9 @@ class Cell:
     def _draws(self, x: Tensor, ids: Tensor, role: str, count: int, *site: str | int, control: bool = False) -> Tensor:
         """Logits of ``count`` keyed draws per image, shape (B, count, K), if asked each under a random perturbation."""
         tape = Tape(self.settings.seed, role, ids).fold(*site)
-        labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
         parts = []
         with torch.no_grad():
-            for inputs, _, noise, real in blocks(self.rows, x, labels, tape, count):
+            for inputs, noise, real in blocks(self.rows, (x,), tape, count):
                 inputs = self.threat.control(inputs, noise) if control else inputs
                 parts.append(self.defense(inputs, noise)[:real])
         return torch.cat(parts).unflatten(0, (-1, count))

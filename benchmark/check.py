@@ -192,7 +192,7 @@ def _floor(defense: Defense, images: Dataset, classifier: str | None) -> Check:
     x, y, ids = images.images(slice(0, n)), images.labels[:n], images.ids[:n]
     right = []
     with torch.no_grad():
-        for inputs, labels, noise, real in blocks(ROWS, x, y, Tape(0, "clean", ids), draws):
+        for inputs, labels, noise, real in blocks(ROWS, (x, y), Tape(0, "clean", ids), draws):
             right.append((defense(inputs, noise).argmax(1) == labels)[:real])
     share = torch.cat(right).unflatten(0, (n, draws)).double().mean(1)
     mean, majority, worst = (

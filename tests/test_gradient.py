@@ -162,13 +162,13 @@ def test_neither_rows_nor_neighbours_change_a_gradient(case, make):
 
 def test_blocks_have_one_size_and_cover_every_row_once():
     for draws in (1, 3):
-        pieces = list(blocks(32, X.expand(-1, -1, -1, -1)[:3], Y, tape(), draws))
+        pieces = list(blocks(32, (X.expand(-1, -1, -1, -1)[:3], Y), tape(), draws))
         rows = torch.cat([x[:count] for x, _, _, count in pieces])
         assert torch.equal(rows, X.repeat_interleave(draws, 0))
         assert all(len(x) == len(y) == len(noise) == 32 for x, y, noise, _ in pieces)
         ids = torch.cat([noise.ids[:count] for _, _, noise, count in pieces])
         assert torch.equal(ids, Y.repeat_interleave(draws))
-    sizes = [count for *_, count in blocks(32, images(70), torch.zeros(70, dtype=torch.long), None)]
+    sizes = [count for *_, count in blocks(32, (images(70), torch.zeros(70, dtype=torch.long)), None)]
     assert sizes == [32, 32, 6]
 
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import benchmark.cell as evaluation
 from benchmark import evaluate, report, results
 from benchmark.cell import Incomplete
 from benchmark.errors import RunError, UsageError
@@ -205,13 +204,15 @@ def test_another_commit_alone_is_the_same_environment(tmp_path, run):
 
 KILLED = """
 import sys
-import benchmark.cell as evaluation
+import torch
+from benchmark import cell, evaluate
 from purifiers import Defense
 from tests.test_evaluate import Linear, TwoLogits, gaussian
 
-evaluation.SAVE_EVERY = 0.0
-evaluation.evaluate(Defense(Linear(), TwoLogits()), gaussian(64), "pgd:steps=400,eot=4", eps="1/64", n=64,
-                    out=sys.argv[1], quiet=True)
+torch.set_num_threads(1)  # as the tests do: another number is another environment
+cell.SAVE_EVERY = 0.0
+evaluate(Defense(Linear(), TwoLogits()), gaussian(64), "pgd:steps=400,eot=4", eps="1/64", n=64,
+         out=sys.argv[1], quiet=True)
 """
 
 
