@@ -25,12 +25,14 @@ class Found(NamedTuple):
 
     Attributes:
         candidates: images inside the threat model, shape (V, B, C, H, W): one per restart or version.
+        distances: how far each is from x, in the threat model's unit and float64, shape (V, B).
         broken_at: index of the first evaluation in which any draw was wrong, shape (B,); -1 if none.
         package_correct: a third-party package's own verdict, shape (B,), or None.
         forwards, backwards: draws of the defense per image.
     """
 
     candidates: Tensor
+    distances: Tensor
     broken_at: Tensor
     package_correct: Tensor | None
     forwards: int
@@ -44,16 +46,30 @@ class Attack(ABC):
     victim's tape under a site of its own.
     """
 
-    versions: int = 1
-    """How many candidates per image it returns on a stochastic defense."""
+    norms: tuple[str, ...] = ("Linf", "L2", "StAdv")
+    """The threat models it can search, the first the default."""
     black_box: ClassVar[bool] = False
     """Whether it only looks at outputs: no white-box attack may be weaker."""
-    package: ClassVar[str | None] = None
-    """The distribution that does the work on a deterministic defense, if not this code; it takes whole blocks."""
 
     @abstractmethod
     def display(self, stochastic: bool) -> str:
         """The name in tables at the current options."""
+
+    def versions(self, stochastic: bool) -> int:
+        """How many candidates per image it leaves."""
+        return 1
+
+    def package(self, stochastic: bool) -> str | None:
+        """The distribution that does the work, if not this code; it takes whole blocks, with noise as a stream."""
+        return None
+
+    def looks(self, stochastic: bool) -> int:
+        """Of how many single draws at x a package's own verdict would be made, were x never moved."""
+        return 0
+
+    def caveat(self, stochastic: bool) -> str | None:
+        """What must be known about the attack on such a defense before its number is read."""
+        return None
 
     @abstractmethod
     def length(self, stochastic: bool) -> int:
@@ -61,7 +77,10 @@ class Attack(ABC):
 
     @abstractmethod
     def evaluations(self, stochastic: bool) -> int:
-        """Draws of the defense that the attack looks at per image, all iterations together (forwards)."""
+        """Draws of the defense that the attack looks at per image, all iterations together (forwards).
+
+        Of a package's attack an upper bound, where one is known.
+        """
 
     def distinct(self, stochastic: bool) -> int:
         """How many different draws those are, were x never moved: what the null floor of the loop is measured with."""
@@ -85,7 +104,7 @@ class Attack(ABC):
 
     @abstractmethod
     def finish(self, state: State) -> Tensor:
-        """The candidates, shape (V, B, C, H, W)."""
+        """The codes of the candidates, shape (V, B, …); of a pixel ball, images."""
 
     def perturb(
         self,
@@ -121,13 +140,17 @@ class Attack(ABC):
             state["cost"] = torch.tensor([victim.forwards, victim.backwards])
             if watch is not None:
                 watch(k + 1, state)
-        candidates = torch.stack([self._enforced(c, x, threat) for c in self.finish(state)])
-        return Found(candidates, state["broken_at"], state.get("package_correct"), victim.forwards, victim.backwards)
+        codes = [self._enforced(code, x, threat) for code in self.finish(state)]
+        return Found(
+            torch.stack([threat.render(code, x) for code in codes]),
+            torch.stack([threat.distance(code, x) for code in codes]),
+            state["broken_at"], state.get("package_correct"), victim.forwards, victim.backwards,
+        )  # fmt: skip
 
     def _enforced(self, candidate: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:
-        name = type(self).__name__
-        if candidate.shape != x.shape:
-            raise AttackError(f"{name} returned shape {tuple(candidate.shape)} for images of shape {tuple(x.shape)}")
+        name, shape = type(self).__name__, threat.origin(x).shape
+        if candidate.shape != shape:
+            raise AttackError(f"{name} returned shape {tuple(candidate.shape)}, expected {tuple(shape)}")
         if not candidate.isfinite().all():
             raise AttackError(f"{name} returned values that aren't finite: look at the defense's gradient first")
         inside = threat.enforce(candidate.to(x.dtype), x)

@@ -58,7 +58,7 @@ class RandomSearch(Attack):
 
     def start(self, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
         return {
-            "x_adv": x.clone(),
+            "x_adv": threat.origin(x),
             "margin": torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device),
             "broken_at": torch.full((len(x),), -1, device=x.device),
         }
@@ -67,9 +67,11 @@ class RandomSearch(Attack):
         s = dict(state)
         draws = (self.site, "draws", k // self.refresh)
         if victim.stochastic and k > 0 and k % self.refresh == 0:
-            s["margin"] = victim.evaluate(s["x_adv"], y, margin, *draws, eot=self.eot, gradient=False).loss
+            s["margin"] = victim.evaluate(
+                threat.render(s["x_adv"], x), y, margin, *draws, eot=self.eot, gradient=False
+            ).loss
         rival = self.propose(k, s["x_adv"], x, victim, threat)
-        found = victim.evaluate(rival, y, margin, *draws, eot=self.eot, gradient=False)
+        found = victim.evaluate(threat.render(rival, x), y, margin, *draws, eot=self.eot, gradient=False)
         s["broken_at"] = first_broken(s["broken_at"], found, k)
         better = found.loss > s["margin"]
         s["x_adv"] = torch.where(better.view(-1, 1, 1, 1), rival, s["x_adv"])

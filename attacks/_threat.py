@@ -8,11 +8,14 @@ from fractions import Fraction
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class ThreatModel(ABC):
     """A ball around x, intersected with images in [0, 1].
+
+    An attack searches among *codes*, which ``render`` turns into images. A pixel ball's codes are the images
+    themselves; another threat model may search among fields of displacements.
 
     Args:
         eps: the radius, exact.
@@ -35,13 +38,25 @@ class ThreatModel(ABC):
         bound = float(self.eps)
         return bound if Fraction(bound) <= self.eps else math.nextafter(bound, 0)
 
+    def origin(self, x: Tensor) -> Tensor:
+        """The code of x itself."""
+        return x.clone()
+
+    def render(self, code: Tensor, x: Tensor) -> Tensor:
+        """The images that codes stand for, shape (B, C, H, W)."""
+        return code
+
+    def pullback(self, gradient: Tensor, code: Tensor, x: Tensor) -> Tensor:
+        """The gradient of a loss with respect to the code, from its gradient with respect to the image."""
+        return gradient
+
     @abstractmethod
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """The distance per image in float64, shape (B,)."""
+        """The distance of a code per image in float64, shape (B,)."""
 
     @abstractmethod
     def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
-        """Back into the ball and into [0, 1], up to rounding."""
+        """A code back into the ball and, if it is an image, into [0, 1], up to rounding."""
 
     @abstractmethod
     def step(self, gradient: Tensor, size: float | Tensor) -> Tensor:
@@ -49,11 +64,15 @@ class ThreatModel(ABC):
 
     @abstractmethod
     def random(self, x: Tensor, noise: Any) -> Tensor:
-        """A random start in the ball."""
+        """The code of a random start in the ball."""
 
     @abstractmethod
+    def extreme(self, x: Tensor, noise: Any) -> Tensor:
+        """The code of a random perturbation of full radius."""
+
     def control(self, x: Tensor, noise: Any) -> Tensor:
-        """A random perturbation of full radius, the control that an attack must beat."""
+        """Images under a random perturbation of full radius, the control that an attack must beat."""
+        return self.render(self.extreme(x, noise), x)
 
     @abstractmethod
     def _shrink(self, x_adv: Tensor, x: Tensor) -> Tensor:
@@ -89,7 +108,7 @@ class Linf(ThreatModel):
     def random(self, x: Tensor, noise: Any) -> Tensor:
         return (x + self.bound * (2 * noise.uniform("start", like=x) - 1)).clamp(0, 1)
 
-    def control(self, x: Tensor, noise: Any) -> Tensor:
+    def extreme(self, x: Tensor, noise: Any) -> Tensor:
         return self.enforce(x + self.bound * torch.where(noise.uniform("control", like=x) < 0.5, -1.0, 1.0).to(x), x)
 
     def _shrink(self, x_adv: Tensor, x: Tensor) -> Tensor:
@@ -118,12 +137,59 @@ class L2(ThreatModel):
         radius = noise.uniform("radius", like=x[:, :1, :1, :1]) ** (1 / x[0].numel())
         return self.project(x + self.bound * radius * delta, x)
 
-    def control(self, x: Tensor, noise: Any) -> Tensor:
+    def extreme(self, x: Tensor, noise: Any) -> Tensor:
         return self.enforce(x + self.step(noise.normal("control", like=x), self.bound), x)
 
     def _shrink(self, x_adv: Tensor, x: Tensor) -> Tensor:
         outside = (self.distance(x_adv, x) > self.bound).view(-1, 1, 1, 1)
         return torch.where(outside, _nearer(x_adv, x), x_adv)
+
+
+class Flow(ThreatModel):
+    """Pixels move: x_adv(p) = x(p + f(p)), bilinearly, where max_p |f(p)| <= eps in either direction.
+
+    The code is the flow f, shape (B, 2, H, W), horizontal first, in units of half an image's side: 0.05 is 0.7 pixels
+    of 28. Beyond the border the image goes on with its last pixel.
+
+    Reference: Xiao et al. 2018 (arXiv 1801.02612); as a ball of radius 0.05: Nie et al. 2022 (arXiv 2205.07460).
+    """
+
+    norm, unit = "StAdv", "half an image's side"
+
+    def origin(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(x), 2, *x.shape[-2:])
+
+    def render(self, code: Tensor, x: Tensor) -> Tensor:
+        identity = torch.eye(2, 3, dtype=x.dtype, device=x.device).expand(len(x), 2, 3)
+        grid = nn.functional.affine_grid(identity, list(x.shape), align_corners=False) + code.movedim(1, -1)
+        moved = nn.functional.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        return moved.clamp(0, 1)
+
+    def pullback(self, gradient: Tensor, code: Tensor, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            code = code.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.render(code, x), code, gradient)
+        return gradient
+
+    def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        return x_adv.double().abs().flatten(1).amax(1)
+
+    def project(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        return x_adv.clamp(-self.bound, self.bound)
+
+    def step(self, gradient: Tensor, size: float | Tensor) -> Tensor:
+        return size * gradient.sign()
+
+    def random(self, x: Tensor, noise: Any) -> Tensor:
+        return self.bound * (2 * noise.uniform("start", like=self.origin(x)) - 1)
+
+    def extreme(self, x: Tensor, noise: Any) -> Tensor:
+        origin = self.origin(x)
+        signs = torch.where(noise.uniform("control", like=origin) < 0.5, -1.0, 1.0).to(x)
+        return self.enforce(self.bound * signs, x)
+
+    def _shrink(self, x_adv: Tensor, x: Tensor) -> Tensor:
+        return torch.where(x_adv.double().abs() > self.bound, _nearer(x_adv, torch.zeros_like(x_adv)), x_adv)
 
 
 def _length(delta: Tensor) -> Tensor:
@@ -141,4 +207,4 @@ def _nearer(x_adv: Tensor, x: Tensor) -> Tensor:
     return torch.where((x - x_adv).abs() <= ulp, x, x_adv + ulp * (x - x_adv).sign())
 
 
-NORMS: dict[str, type[ThreatModel]] = {"Linf": Linf, "L2": L2}
+NORMS: dict[str, type[ThreatModel]] = {"Linf": Linf, "L2": L2, "StAdv": Flow}

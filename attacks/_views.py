@@ -16,6 +16,10 @@ from torch.utils.checkpoint import checkpoint
 View = Callable[[nn.Module, Tensor, Any], Tensor]
 
 
+class NotApplicable(ValueError):
+    """A view or an attack asks a purifier for what it doesn't have."""
+
+
 class Exact:
     """The gradient of the discrete chain that is evaluated, by one recomputing fold over the purifier's stages.
 
@@ -46,23 +50,106 @@ class Exact:
         return purifier(x, noise, apply)
 
 
-def bpda(purifier: nn.Module, x: Tensor, noise: Any) -> Tensor:
+class BPDA:
     """Forward exact, backward the identity (Athalye et al. 2018, arXiv 1802.00420)."""
-    with torch.no_grad():
-        purified = _plain(purifier, x, noise)
-    return x + (purified - x).detach()
+
+    def __init__(self, keep: int | None = None):
+        pass
+
+    def __call__(self, purifier: nn.Module, x: Tensor, noise: Any) -> Tensor:
+        with torch.no_grad():
+            purified = _plain(purifier, x, noise)
+        return x + (purified - x).detach()
 
 
-def blind(purifier: nn.Module, x: Tensor, noise: Any) -> Tensor:
+class Blind:
     """The bare classifier: the attacker doesn't know of the purifier."""
-    return x
+
+    def __init__(self, keep: int | None = None):
+        pass
+
+    def __call__(self, purifier: nn.Module, x: Tensor, noise: Any) -> Tensor:
+        return x
 
 
-VIEWS: dict[str, Callable[..., View]] = {
-    "exact": Exact,
-    "bpda": lambda keep=None: bpda,
-    "blind": lambda keep=None: blind,
-}
+class Surrogate:
+    """Forward exact; backward, stage by stage, the gradient of a stand-in that the purifier names.
+
+    Each stage s is replaced by s(v) + (ŝ(v) - stop(ŝ(v))), with ŝ the same stage of ``purifier.surrogate(gradient)``:
+    BPDA with another backward pass than the identity (Athalye et al. 2018, arXiv 1802.00420, section 4.1).
+
+    Args:
+        keep: unused: every stage's graph is kept.
+        gradient: one of ``purifier.surrogates``.
+    """
+
+    def __init__(self, keep: int | None = None, *, gradient: str):
+        self.gradient = gradient
+
+    def __call__(self, purifier: nn.Module, x: Tensor, noise: Any) -> Tensor:
+        offered = getattr(purifier, "surrogates", ())
+        if self.gradient not in offered:
+            raise NotApplicable(
+                f"{type(purifier).__name__} has no surrogate gradient {self.gradient!r}; "
+                f"it offers {', '.join(offered) or 'none'}"
+            )
+        stand_in = purifier.surrogate(self.gradient)  # type: ignore[operator]
+
+        def apply(stage: Callable[..., Any], *inputs: Any) -> Any:
+            with torch.no_grad():
+                exact = stage(*inputs)
+            return _spliced(exact, getattr(stand_in, stage.__name__)(*inputs))
+
+        return purifier(x, noise, apply)
+
+
+class Watched:
+    """Another view, through which the stages of a purification are seen as they run.
+
+    Args:
+        view: how the purifier is run.
+        see: called after every stage with (stage, inputs, output); the output is part of the view's graph.
+    """
+
+    def __init__(self, view: View, see: Callable[[Callable[..., Any], tuple, Any], None]):
+        self.view, self.see = view, see
+
+    def __call__(self, purifier: nn.Module, x: Tensor, noise: Any) -> Tensor:
+        return self.view(_Seen(purifier, self.see), x, noise)  # type: ignore[arg-type]
+
+
+class _Seen:
+    """A purifier that shows its stages; in all else the purifier itself."""
+
+    def __init__(self, purifier: nn.Module, see: Callable[[Callable[..., Any], tuple, Any], None]):
+        self.purifier, self.see = purifier, see
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.purifier, name)
+
+    def __call__(self, x: Tensor, noise: Any = None, apply: Callable[..., Any] | None = None) -> Tensor:
+        if not hasattr(self.purifier, "rounds"):
+            return self.purifier(x)
+
+        def seen(stage: Callable[..., Any], *inputs: Any) -> Any:
+            output = stage(*inputs) if apply is None else apply(stage, *inputs)
+            self.see(stage, inputs, output)
+            return output
+
+        return self.purifier(x, noise, seen)
+
+
+def _spliced(exact: Any, approximate: Any) -> Any:
+    """The values of one nest of tensors with the gradients of another of the same build."""
+    if isinstance(exact, Tensor):
+        return exact + (approximate - approximate.detach())
+    if isinstance(exact, tuple) and not isinstance(exact, torch.Size):
+        parts = [_spliced(a, b) for a, b in zip(exact, approximate, strict=True)]
+        return type(exact)(*parts) if hasattr(exact, "_fields") else tuple(parts)
+    return exact
+
+
+VIEWS: dict[str, Callable[..., View]] = {"exact": Exact, "bpda": BPDA, "blind": Blind, "surrogate": Surrogate}
 
 
 def stages(purifier: nn.Module) -> int:

@@ -1,130 +1,50 @@
-"""Auto-PGD: momentum, a step size that halves itself, and returns to the best point."""
+"""Auto-PGD, untargeted or aimed at the likeliest other classes."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from attacks._base import Attack, State, first_broken
-from attacks._gradient import LOSSES, Victim
-from attacks._threat import ThreatModel
+from attacks._autopgd import AutoPGD
+from attacks._ensemble import Ensemble
+from attacks._gradient import LOSSES
 
 
-class APGD(Attack):
-    """APGD with every decision taken on means over the iteration's own draws.
+class APGD(Ensemble):
+    """Auto-PGD by restarts, or, with ``targets``, a run at each of the likeliest other classes; each is a candidate.
 
-    u_k = P(x_k + eta direction(g_k)); x_{k+1} = P(x_k + a (u_k - x_k) + (1 - a) (x_k - x_{k-1})), a = 0.75 (1 at the
-    first step). At each checkpoint an image whose loss rose in fewer than 75 % of the steps since the last, or whose
-    best loss stood still without a halving, halves eta and returns to its best point. The candidate is the point with
-    the fewest correct draws, among those the one of highest loss.
+    See ``attacks._autopgd`` for one run.
 
     Args:
-        steps: iterations.
+        steps: iterations of a run.
         eot: draws per gradient.
-        loss: "ce", "dlr" or "margin".
+        loss: "ce", "dlr", "margin" or "error"; with targets it is the targeted DLR.
+        restarts: runs from other starts.
+        targets: how many classes are aimed at, the likeliest by mean logits at x; 0 for none.
 
     Raises:
-        ValueError: if a count is below 1 or the loss is unknown.
+        ValueError: if a count is below 1, ``targets`` is negative or the loss is unknown.
 
-    Reference: Croce and Hein 2020 (arXiv 2003.01690), algorithm 1.
+    Reference: Croce and Hein 2020 (arXiv 2003.01690).
     """
 
-    RHO, MOMENTUM = 0.75, 0.75
-
-    def __init__(self, *, steps: int = 100, eot: int = 20, loss: str = "ce"):
-        if min(steps, eot) < 1:
-            raise ValueError(f"steps and eot must be positive, got {steps}, {eot}")
+    def __init__(self, *, steps: int = 100, eot: int = 20, loss: str = "ce", restarts: int = 1, targets: int = 0):
+        if min(steps, eot, restarts) < 1 or targets < 0:
+            raise ValueError(
+                f"steps, eot and restarts must be positive, targets not negative, "
+                f"got {steps}, {eot}, {restarts}, {targets}"
+            )
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-        self.steps, self.eot, self.loss_name, self.loss = steps, eot, loss, LOSSES[loss]
+        self.steps, self.eot, self.loss, self.restarts, self.targets = steps, eot, loss, restarts, targets
+
+    def members(self, stochastic: bool) -> list[AutoPGD]:
+        return [
+            AutoPGD(steps=self.steps, eot=self.eot, loss=self.loss, restart=r, rank=rank)
+            for rank in (range(1, self.targets + 1) if self.targets else (0,))
+            for r in range(self.restarts)
+        ]
 
     def display(self, stochastic: bool) -> str:
         draws = f", EOT {self.eot}" if stochastic else ""
-        return f"APGD-{self.loss_name.upper()} ({self.steps} it{draws})"
-
-    def least_classes(self, stochastic: bool) -> int:
-        return 3 if self.loss_name == "dlr" else 2
-
-    def length(self, stochastic: bool) -> int:
-        return self.steps
-
-    def evaluations(self, stochastic: bool) -> int:
-        return (self.steps + 1) * self.eot
-
-    def start(self, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel, x_init: Tensor | None = None) -> State:
-        site = ("apgd", self.loss_name)
-        x_adv = threat.random(x, victim.tape.fold(*site, "start")) if x_init is None else x_init.clone()
-        first = victim.evaluate(x_adv, y, self.loss, *site, 0, eot=self.eot)
-        return {
-            "x": x_adv,
-            "x_old": x_adv.clone(),
-            "gradient": first.gradient,
-            "x_best": x_adv.clone(),
-            "gradient_best": first.gradient.clone(),
-            "loss_best": first.loss,
-            "x_out": x_adv.clone(),
-            "correct_out": first.correct,
-            "loss_out": first.loss.clone(),
-            "size": torch.full_like(first.loss, 2 * threat.bound),
-            "losses": torch.zeros(self.steps, len(x), dtype=x.dtype, device=x.device),
-            "halved": torch.ones_like(first.loss, dtype=torch.bool),
-            "loss_best_at_check": first.loss.clone(),
-            "broken_at": first_broken(torch.full((len(x),), -1, device=x.device), first, 0),
-        }
-
-    def step(self, k: int, state: State, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
-        s = dict(state)
-        a = self.MOMENTUM if k > 0 else 1.0
-        momentum = s["x"] - s["x_old"]  # before x_old is overwritten
-        ahead = threat.project(s["x"] + threat.step(s["gradient"], s["size"].view(-1, 1, 1, 1)), x)
-        s["x_old"] = s["x"]
-        s["x"] = threat.project(s["x"] + a * (ahead - s["x"]) + (1 - a) * momentum, x)
-
-        new = victim.evaluate(s["x"], y, self.loss, "apgd", self.loss_name, k + 1, eot=self.eot)
-        s["gradient"] = new.gradient
-        s["losses"] = s["losses"].clone()
-        s["losses"][k] = new.loss
-        s["broken_at"] = first_broken(s["broken_at"], new, k + 1)
-        better = (new.correct < s["correct_out"]) | ((new.correct == s["correct_out"]) & (new.loss > s["loss_out"]))
-        s["x_out"] = _where(better, s["x"], s["x_out"])
-        s["correct_out"] = torch.where(better, new.correct, s["correct_out"])
-        s["loss_out"] = torch.where(better, new.loss, s["loss_out"])
-        higher = new.loss > s["loss_best"]
-        s["x_best"] = _where(higher, s["x"], s["x_best"])
-        s["gradient_best"] = _where(higher, new.gradient, s["gradient_best"])
-        s["loss_best"] = torch.where(higher, new.loss, s["loss_best"])
-
-        window = self._windows().get(k)
-        return s if window is None else self._check(s, k, window)
-
-    def finish(self, state: State) -> Tensor:
-        return state["x_out"][None]
-
-    def _windows(self) -> dict[int, int]:
-        """The iterations that end a window, with its length: 0.22 N, each later one 0.03 N shorter, at least 0.06 N."""
-        n = self.steps
-        window, shorter, shortest = max(int(0.22 * n), 1), max(int(0.03 * n), 1), max(int(0.06 * n), 1)
-        ends, k = {}, window - 1
-        while k < n:
-            ends[k] = window
-            window = max(window - shorter, shortest)
-            k += window
-        return ends
-
-    def _check(self, s: State, k: int, window: int) -> State:
-        """Halve the step and return to the best point where the loss oscillates or stands still."""
-        # The reference compares an image's very first loss with zero; kept, so that the iterates agree with it.
-        previous = torch.cat((torch.zeros_like(s["losses"][:1]), s["losses"][:-1]))
-        rises = (s["losses"] > previous)[k - window + 1 : k + 1].sum(0)
-        oscillates = rises <= window * self.RHO
-        stands = ~s["halved"] & (s["loss_best_at_check"] >= s["loss_best"])
-        s["halved"] = oscillates | stands
-        s["loss_best_at_check"] = s["loss_best"].clone()
-        s["size"] = torch.where(s["halved"], s["size"] / 2, s["size"])
-        s["x"] = _where(s["halved"], s["x_best"], s["x"])
-        s["gradient"] = _where(s["halved"], s["gradient_best"], s["gradient"])
-        return s
-
-
-def _where(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(mask.view(-1, 1, 1, 1), a, b)
+        aims = f", {self.targets} targets" if self.targets else ""
+        restarts = f" × {self.restarts}" if self.restarts > 1 else ""
+        loss = "T" if self.targets else self.loss.upper()
+        return f"APGD-{loss} ({self.steps} it{draws}{aims}){restarts}"

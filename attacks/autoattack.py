@@ -1,147 +1,157 @@
-"""AutoAttack: the package itself on a deterministic defense, APGD-CE and APGD-DLR over draws on a stochastic one."""
+"""AutoAttack: the package itself on a deterministic defense, its attacks over draws on a stochastic one."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from attacks._autopgd import AutoPGD
 from attacks._base import Attack, State
+from attacks._ensemble import Ensemble
 from attacks._gradient import Victim
+from attacks._package import Model, contained, seed
 from attacks._threat import ThreatModel
-from attacks.apgd import APGD
+from attacks.square import Square
 
 
-class AutoAttack(Attack):
-    """The ensemble of Croce and Hein, in the version that the defense admits.
+class AutoAttack(Ensemble):
+    """The ensembles of Croce and Hein.
 
-    Deterministic: ``standard`` (APGD-CE, targeted APGD-DLR, targeted FAB, Square with 5,000 queries) by pyautoattack,
-    always at the package's own numbers. Stochastic: ``rand`` (APGD-CE and APGD-DLR) natively: the draws share a batch,
-    every decision is a mean over draws, no image is left out for a lucky draw, and both results are candidates.
+    | version | attacks |
+    |---|---|
+    | standard | APGD-CE, targeted APGD-DLR, targeted FAB, Square |
+    | rand | APGD-CE and APGD-DLR, over draws |
+    | plus | APGD-CE and APGD-DLR from five starts each, targeted APGD-DLR, FAB and targeted FAB, Square |
+
+    ``backend="pyautoattack"`` is the package itself, ``"native"`` this code: the draws share a batch, every decision is
+    a mean over draws, no image is left out for a lucky draw, and every result is a candidate; it has no FAB, and is
+    named after what it has. Left to itself, a deterministic defense meets ``standard`` by the package, at the package's
+    own numbers, a stochastic one ``rand`` natively.
 
     Args:
         steps: iterations of each APGD; the package's own is 100.
-        eot: draws per gradient; the package's own is 20.
+        eot: draws per look; the package's own is 20.
+        queries: of Square, natively; the package's own is 5,000.
+        version: "standard", "rand", "plus" or "auto".
+        backend: "native", "pyautoattack" or "auto".
 
     Raises:
-        ValueError: if a count is below 1.
+        ValueError: if a count is below 1, or the version or backend is unknown.
 
     Reference: Croce and Hein 2020 (arXiv 2003.01690).
     """
 
-    LOSSES = ("ce", "dlr")
-    package = "pyautoattack"
+    VERSIONS, BACKENDS = ("standard", "rand", "plus"), ("native", "pyautoattack")
+    TARGETS, RESTARTS = 9, 5
+    COST = {"standard": (7_864, 1_910), "plus": (20_000, 6_000)}
+    """Forwards and backwards of one image that stays robust with ten classes, by the package; of plus about."""
+    LOOKS = {"standard": 5, "rand": 3, "plus": 7}
+    """Of how many single draws the package's own verdict is made: one at x, one after each attack."""
 
-    def __init__(self, *, steps: int = 100, eot: int = 20):
-        self.steps, self.eot = steps, eot
-        self.members = [APGD(steps=steps, eot=eot, loss=loss) for loss in self.LOSSES]
-        self.versions = len(self.members)
+    def __init__(
+        self,
+        *,
+        steps: int = 100,
+        eot: int = 20,
+        queries: int = 5000,
+        version: str = "auto",
+        backend: str = "auto",
+    ):
+        if min(steps, eot, queries) < 1:
+            raise ValueError(f"steps, eot and queries must be positive, got {steps}, {eot}, {queries}")
+        for what, value, known in (("version", version, self.VERSIONS), ("backend", backend, self.BACKENDS)):
+            if value not in ("auto", *known):
+                raise ValueError(f"{what} must be one of auto, {', '.join(known)}, got {value!r}")
+        self.steps, self.eot, self.queries, self.chosen, self.backend = steps, eot, queries, version, backend
 
-    STANDARD_FORWARDS, STANDARD_BACKWARDS = 7_864, 1_910
-    """What one image that stays robust costs under the package's standard version with ten classes."""
+    def version(self, stochastic: bool) -> str:
+        """Which of the three it is for such a defense."""
+        return ("rand" if stochastic else "standard") if self.chosen == "auto" else self.chosen
+
+    def package(self, stochastic: bool) -> str | None:
+        chosen = ("native" if stochastic else "pyautoattack") if self.backend == "auto" else self.backend
+        return None if chosen == "native" else chosen
+
+    def members(self, stochastic: bool) -> list[Attack]:
+        version = self.version(stochastic)
+        restarts = self.RESTARTS if version == "plus" else 1
+        ranks = () if version == "rand" else range(1, self.TARGETS + 1)
+        losses = ("ce",) if version == "standard" else ("ce", "dlr")
+        run = partial(AutoPGD, steps=self.steps, eot=self.eot)
+        members: list[Attack] = [run(loss=loss, restart=r) for loss in losses for r in range(restarts)]
+        members += [run(rank=rank) for rank in ranks]
+        return members if version == "rand" else [*members, Square(queries=self.queries, eot=self.eot)]
 
     def display(self, stochastic: bool) -> str:
-        if not stochastic:
-            return f"AutoAttack (standard, {self.package})"
+        version, package = self.version(stochastic), self.package(stochastic)
+        if package and version != "rand":
+            return f"AutoAttack ({version}, {package})"
         full = (self.steps, self.eot) == (100, 20)
-        return "AutoAttack-rand (native)" if full else f"APGD-CE+DLR ({self.steps} it, EOT {self.eot})"
+        if full and version == "rand":
+            return f"AutoAttack (rand, {package})" if package else "AutoAttack-rand (native)"
+        draws = f", EOT {self.eot}" if stochastic or version == "rand" else ""
+        losses = {"rand": "CE+DLR", "standard": "CE+T", "plus": f"(CE+DLR)×{self.RESTARTS}+T"}[version]
+        square = "" if version == "rand" else f"+Square ({self.queries} queries)"
+        by = f", {package}" if package else ""
+        return f"APGD-{losses} ({self.steps} it{draws}{by}){square}"
 
     def least_classes(self, stochastic: bool) -> int:
-        return 3 if stochastic else 4  # DLR divides by z_(1) - z_(3), its targeted form by z_(1) - (z_(3) + z_(4)) / 2
+        if self.package(stochastic):  # the targeted DLR divides by z_(1) - (z_(3) + z_(4)) / 2
+            return 3 if self.version(stochastic) == "rand" else 4
+        return super().least_classes(stochastic)
 
     def length(self, stochastic: bool) -> int:
-        return len(self.members) * self.steps if stochastic else 1
+        return 1 if self.package(stochastic) else super().length(stochastic)
+
+    def versions(self, stochastic: bool) -> int:
+        return 1 if self.package(stochastic) else super().versions(stochastic)
 
     def evaluations(self, stochastic: bool) -> int:
-        return sum(m.evaluations(True) for m in self.members) if stochastic else self.STANDARD_FORWARDS
+        return self._cost(stochastic)[0] if self.package(stochastic) else super().evaluations(stochastic)
 
     def gradients(self, stochastic: bool) -> int:
-        return self.evaluations(True) if stochastic else self.STANDARD_BACKWARDS
+        return self._cost(stochastic)[1] if self.package(stochastic) else super().gradients(stochastic)
 
-    def start(self, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
-        return {
-            "candidates": torch.stack([x] * (len(self.members) if victim.stochastic else 1)),
-            "broken_at": torch.full((len(x),), -1, device=x.device),
-        }
+    def distinct(self, stochastic: bool) -> int:
+        return 0 if self.package(stochastic) else super().distinct(stochastic)
+
+    def looks(self, stochastic: bool) -> int:
+        return self.LOOKS[self.version(stochastic)] if self.package(stochastic) else 0
+
+    def caveat(self, stochastic: bool) -> str | None:
+        if stochastic and self.version(stochastic) != "rand":
+            return (
+                f"AutoAttack's version {self.version(stochastic)} was made for deterministic defenses: on one that "
+                "draws, FAB follows boundaries that move, Square keeps what was lucky once, and an image that a single "
+                "draw got wrong is given up unattacked, so the package's own verdict is no bound on robustness"
+            )
+        return None
 
     def step(self, k: int, state: State, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
-        if not victim.stochastic:
-            return self._package(state, x, y, victim, threat)
-        number, j = divmod(k, self.steps)
-        member = self.members[number]
-        inner = {key.removeprefix("inner."): value for key, value in state.items() if key.startswith("inner.")}
-        if j == 0:
-            inner = member.start(x, y, victim, threat)
-        inner = member.step(j, inner, x, y, victim, threat)
-        outer = {key: value for key, value in state.items() if not key.startswith("inner.")}
-        if j == self.steps - 1:
-            (outer["candidates"][number],) = member.finish(inner)
-            found = torch.where(inner["broken_at"] >= 0, inner["broken_at"] + number * (self.steps + 1), -1)
-            outer["broken_at"] = torch.where(outer["broken_at"] < 0, found, outer["broken_at"])
-            return outer
-        return outer | {f"inner.{key}": value for key, value in inner.items()}
-
-    def finish(self, state: State) -> Tensor:
-        return state["candidates"]
-
-    def _package(self, state: State, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
-        """pyautoattack's standard version on the whole block at once."""
+        if not self.package(victim.stochastic):
+            return super().step(k, state, x, y, victim, threat)
         from pyautoattack import AutoAttack as Package
 
-        model = _Counted(victim)
-        with _forked_generator(x.device), torch.no_grad(), _log_of_package():
+        version, model = self.version(victim.stochastic), Model(victim, x.device)
+        with contained(victim, x.device), torch.no_grad():
             package = Package(
-                model, norm=threat.norm, eps=threat.bound, seed=_seed(victim), version="standard", device=x.device
+                model, norm=threat.norm, eps=threat.bound, seed=seed(victim), version=version, device=x.device
             )
+            if version == "rand":
+                package.apgd.n_iter, package.apgd.eot_iter = self.steps, self.eot
             # nine target classes, or all others where there are fewer
-            targets = min(9, victim.defense(x[:1], None, victim.view).shape[1] - 1)
+            classes = victim.defense(x[:1], victim.tape[:1], victim.view).shape[1]
+            targets = min(self.TARGETS, classes - 1)
             package.apgd_targeted.n_target_classes = package.fab.n_target_classes = targets
             x_adv, y_adv = package.run_standard_evaluation(x, y, batch_size=len(x))
-        victim.forwards += round(model.forwards / len(x))
-        victim.backwards += round(model.backwards / len(x))
+        model.charge(len(x))
         return state | {"candidates": x_adv[None], "package_correct": y_adv == y}
 
-
-class _Counted(nn.Module):
-    """The defense as a module x → logits, with its rows counted.
-
-    Calls have the package's own shrinking row counts: a block is always run whole, so they repeat, and padding the few
-    images left at the end would multiply the cost.
-    """
-
-    def __init__(self, victim: Victim):
-        super().__init__()
-        self.victim, self.forwards, self.backwards = [victim], 0, 0  # in a list: not a submodule
-
-    def forward(self, x: Tensor) -> Tensor:
-        (victim,) = self.victim
-        self.forwards += len(x)
-        self.backwards += len(x) if torch.is_grad_enabled() and x.requires_grad else 0
-        return victim.defense(x, None, victim.view)
-
-
-def _seed(victim: Victim) -> int:
-    """A seed for the package that follows from the run's seed and the block's first image."""
-    return (int(victim.tape.seed) * 1_000_003 + int(victim.tape.ids[0])) % 2**31
-
-
-@contextmanager
-def _forked_generator(device: torch.device) -> Iterator[None]:
-    """The package seeds torch's global generator for every batch: let it, in a fork."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
-
-
-@contextmanager
-def _log_of_package() -> Iterator[None]:
-    """The package prints its checks as warnings on a logger; keep its chatter out of the way of the progress bar."""
-    logger = logging.getLogger("auto-attack")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    def _cost(self, stochastic: bool) -> tuple[int, int]:
+        version = self.version(stochastic)
+        if version != "rand":
+            return self.COST[version]
+        draws = 2 * (self.steps + 1) * self.eot
+        return draws + 7, draws  # and single draws: three checks, one at x, two before and one after each search

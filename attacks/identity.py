@@ -25,7 +25,7 @@ class Identity(Attack):
         return 0
 
     def start(self, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
-        return {"x_adv": x.clone(), "broken_at": torch.full((len(x),), -1, device=x.device)}
+        return {"x_adv": threat.origin(x), "broken_at": torch.full((len(x),), -1, device=x.device)}
 
     def step(self, k: int, state: State, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
         return state

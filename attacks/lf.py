@@ -16,7 +16,7 @@ class LF(PGD):
 
     Args:
         block: side of a block in pixels.
-        steps, eot, step, loss, restarts, random_start: as for ``pgd``.
+        steps, eot, step, step_size, loss, restarts, random_start, iterate, sign: as for ``pgd``.
 
     Raises:
         ValueError: as ``pgd``, and if the block is below 1.

@@ -6,28 +6,33 @@ import torch
 from torch import Tensor
 
 from attacks._base import Attack, State, first_broken
-from attacks._gradient import LOSSES, Victim
+from attacks._gradient import LEAST_CLASSES, LOSSES, Evaluation, Victim
 from attacks._threat import ThreatModel
 
 
 class PGD(Attack):
     """x_{k+1} = P(x_k + size · direction(mean over draws of grad L(f∘g(x_k), y))).
 
-    direction is the sign in Linf, the normalised gradient in L2; size = ``step`` · eps / ``steps``. The last iterate
-    of each restart is a candidate.
+    direction is the sign in Linf, the normalised gradient in L2; size = ``step`` · eps / ``steps``, or ``step_size``. A
+    candidate is the last iterate of a restart, or its best: of the points it went on from, the one with the fewest
+    correct draws, among those the one of highest loss.
 
     Args:
         steps: iterations.
         eot: draws per gradient.
         step: step size as a multiple of eps / steps.
-        loss: "ce", "dlr" or "margin".
+        step_size: step size in the threat model's unit; 0 goes by ``step``.
+        loss: "ce", "dlr", "margin" or "error".
         restarts: independent searches.
         random_start: start in a random point of the ball, otherwise in x.
+        iterate: "last" or "best".
+        sign: step along the gradient's sign whatever the norm: Lee and Kim's "L2" attack, marked so in tables.
 
     Raises:
-        ValueError: if a count is below 1, the step isn't positive, or the loss is unknown.
+        ValueError: if a count is below 1, a step isn't positive, or the loss or the iterate is unknown.
 
-    Reference: Madry et al. 2018 (arXiv 1706.06083); EOT: Athalye et al. 2018 (arXiv 1707.07397).
+    Reference: Madry et al. 2018 (arXiv 1706.06083); EOT: Athalye et al. 2018 (arXiv 1707.07397); the sign in L2: Lee
+    and Kim 2023 (arXiv 2303.09051).
     """
 
     def __init__(
@@ -36,26 +41,38 @@ class PGD(Attack):
         steps: int = 200,
         eot: int = 20,
         step: float = 2.5,
+        step_size: float = 0.0,
         loss: str = "ce",
         restarts: int = 1,
         random_start: bool = True,
+        iterate: str = "last",
+        sign: bool = False,
     ):
-        if min(steps, eot, restarts) < 1 or step <= 0:
-            raise ValueError(f"steps, eot, restarts and step must be positive, got {steps}, {eot}, {restarts}, {step}")
+        if min(steps, eot, restarts) < 1 or step <= 0 or step_size < 0:
+            raise ValueError(
+                f"steps, eot, restarts and step must be positive, step_size not negative, "
+                f"got {steps}, {eot}, {restarts}, {step}, {step_size}"
+            )
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
-        self.steps, self.eot, self.step_factor, self.restarts = steps, eot, step, restarts
-        self.versions = restarts
-        self.loss, self.random_start = LOSSES[loss], random_start
+        if iterate not in ("last", "best"):
+            raise ValueError(f'iterate must be "last" or "best", got {iterate!r}')
+        self.steps, self.eot, self.step_factor, self.step_size, self.restarts = steps, eot, step, step_size, restarts
+        self.loss, self.random_start, self.iterate, self.sign = LOSSES[loss], random_start, iterate, sign
         self.loss_name = loss
 
     def display(self, stochastic: bool) -> str:
         draws = f", EOT {self.eot}" if stochastic else ""
+        best = ", best iterate" if self.iterate == "best" else ""
         restarts = f" × {self.restarts}" if self.restarts > 1 else ""
-        return f"PGD-{self.loss_name.upper()} ({self.steps} it{draws}){restarts}"
+        sign = "sign-step " if self.sign else ""
+        return f"{sign}PGD-{self.loss_name.upper()} ({self.steps} it{draws}{best}){restarts}"
+
+    def versions(self, stochastic: bool) -> int:
+        return self.restarts
 
     def least_classes(self, stochastic: bool) -> int:
-        return 3 if self.loss_name == "dlr" else 2
+        return LEAST_CLASSES.get(self.loss_name, 2)
 
     def length(self, stochastic: bool) -> int:
         return self.steps * self.restarts
@@ -64,26 +81,45 @@ class PGD(Attack):
         return self.length(stochastic) * self.eot
 
     def start(self, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
-        return {
-            "x_adv": torch.stack([self._first(x, victim, threat, r) for r in range(self.restarts)]),
-            "broken_at": torch.full((len(x),), -1, device=x.device),
-        }
+        first = torch.stack([self._first(x, victim, threat, r) for r in range(self.restarts)])
+        state = {"x_adv": first, "broken_at": torch.full((len(x),), -1, device=x.device)}
+        if self.iterate == "best":
+            worst = torch.full((self.restarts, len(x)), torch.inf, dtype=x.dtype, device=x.device)
+            state |= {"best": first.clone(), "best_correct": worst, "best_loss": -worst}
+        return state
 
     def step(self, k: int, state: State, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
         restart = k // self.steps
-        x_adv = state["x_adv"][restart]
-        evaluation = victim.evaluate(x_adv, y, self.loss, "pgd", k, eot=self.eot)
-        size = self.step_factor * threat.bound / self.steps
-        state["x_adv"][restart] = threat.project(x_adv + threat.step(self.shaped(evaluation.gradient), size), x)
+        code = state["x_adv"][restart]
+        evaluation = self.look(k, threat.render(code, x), x, y, victim)
+        if self.iterate == "best":
+            _remember(state, restart, code, evaluation)
+        gradient = self.shaped(threat.pullback(evaluation.gradient, code, x))
+        size = self.step_size or self.step_factor * threat.bound / self.steps
+        direction = size * gradient.sign() if self.sign else threat.step(gradient, size)
+        state["x_adv"][restart] = threat.project(code + direction, x)
         state["broken_at"] = first_broken(state["broken_at"], evaluation, k)
         return state
 
     def finish(self, state: State) -> Tensor:
-        return state["x_adv"]
+        return state["best" if self.iterate == "best" else "x_adv"]
+
+    def look(self, k: int, x_adv: Tensor, x: Tensor, y: Tensor, victim: Victim) -> Evaluation:
+        """What iteration k learns at x_adv, and climbs."""
+        return victim.evaluate(x_adv, y, self.loss, "pgd", k, eot=self.eot)
 
     def shaped(self, direction: Tensor) -> Tensor:
         """A direction as this attack may take it; PGD takes any."""
         return direction
 
     def _first(self, x: Tensor, victim: Victim, threat: ThreatModel, restart: int) -> Tensor:
-        return threat.random(x, victim.tape.fold("pgd", "start", restart)) if self.random_start else x.clone()
+        return threat.random(x, victim.tape.fold("pgd", "start", restart)) if self.random_start else threat.origin(x)
+
+
+def _remember(state: State, restart: int, code: Tensor, evaluation: Evaluation) -> None:
+    """Keep the point of a restart that has the fewest correct draws, and among those the highest loss."""
+    correct, loss = state["best_correct"][restart], state["best_loss"][restart]
+    better = (evaluation.correct < correct) | ((evaluation.correct == correct) & (evaluation.loss > loss))
+    state["best"][restart] = torch.where(better.view(-1, 1, 1, 1), code, state["best"][restart])
+    state["best_correct"][restart] = torch.where(better, evaluation.correct, correct)
+    state["best_loss"][restart] = torch.where(better, evaluation.loss, loss)

@@ -29,6 +29,7 @@ class Square(RandomSearch):
     Reference: Andriushchenko et al. 2020 (arXiv 1912.00049), algorithms 1-3.
     """
 
+    norms = ("Linf", "L2")
     HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
     """When the share is halved, out of 10,000 queries."""
 

@@ -13,7 +13,7 @@ class Transfer(PGD):
     Args:
         source: the purifier that is differentiated, without options or by the name of a card; "identity" is the bare
             classifier.
-        steps, eot, step, loss, restarts, random_start: as for ``pgd``.
+        steps, eot, step, step_size, loss, restarts, random_start, iterate, sign: as for ``pgd``.
 
     Raises:
         ValueError: as ``pgd``.

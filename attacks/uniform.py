@@ -10,7 +10,8 @@ from attacks._threat import ThreatModel
 
 
 class Uniform(RandomSearch):
-    """x_adv = the best of ``queries`` random perturbations of full radius: random signs in Linf, directions in L2.
+    """x_adv = the best of ``queries`` random perturbations of full radius: random signs in Linf, directions
+    in L2.
 
     The control that every attack must beat: what noise alone does to a defense.
 
@@ -19,4 +20,4 @@ class Uniform(RandomSearch):
     """
 
     def propose(self, k: int, x_adv: Tensor, x: Tensor, victim: Victim, threat: ThreatModel) -> Tensor:
-        return threat.control(x, victim.tape.fold(self.site, k))
+        return threat.extreme(x, victim.tape.fold(self.site, k))

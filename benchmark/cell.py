@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from attacks import NORMS, VIEWS, Attack, AttackError, ThreatModel, Victim
+from attacks import NORMS, Attack, AttackError, NotApplicable, ThreatModel, Victim
 from attacks._gradient import blocks
 from attacks._views import affordable
 from benchmark import checkpoints, config, data, defenses, registry, report
@@ -25,6 +25,7 @@ from benchmark.errors import RunError, UsageError
 from benchmark.plan import Plan, plan
 from benchmark.preflight import accuracy_check, failures, preflight
 from benchmark.results import Run, environment, read_run
+from benchmark.views import View
 from purifiers import Defense, Tape
 
 BLOCK = 32
@@ -60,7 +61,8 @@ class Settings:
     budget: str = "auto"
     n: int | None = None
     """Images; the budget's default if None."""
-    norm: str = "Linf"
+    norm: str | None = None
+    """Of the threat model; the attack's first if None: Linf, but for stadv."""
     eps: str | float | Fraction | None = None
     view: str = "exact"
     attacker: str | None = None
@@ -105,34 +107,40 @@ class Cell:
         self.settings = s = settings
         self.device = torch.device(s.device)
         chosen = config.budget(s.budget, self.device.type)
-        if s.norm not in NORMS:
+        if s.norm is not None and s.norm not in NORMS:
             raise UsageError(registry.unknown("norm", s.norm, sorted(NORMS)))
-        if s.view not in VIEWS:
-            raise UsageError(registry.unknown("view", s.view, sorted(VIEWS)))
+        self.view = View(s.view)
         self.n, self.data = s.images, s.examples(source)
         described = defenses.describe(defense)
         defense = self.defense = defenses.tamed(defense, self.data.images(slice(0, 8))).to(self.device)
         self.stochastic = defense.stochastic
         spec = registry.parse(attack)
         component = registry.load("attacks", spec.name, spec.argument)
-        options, untouched = config.attack_options(spec, component, chosen, self.stochastic)
-        try:
-            self.attack: Attack = component(**options)
-        except ValueError as error:
-            raise UsageError(f"{spec.name}: {error}") from error
         self.select = chosen.select if self.stochastic else 1
         self.draws = (chosen.draws if s.draws is None else s.draws) if self.stochastic else 1
         if self.draws < 1:
             raise UsageError(f"--draws {self.draws}: at least one draw is needed")
-        self.whole_blocks = self.attack.package is not None and not self.stochastic
-        eps = config.radius(s.eps, s.norm, self.data.family)
-        self.threat: ThreatModel = NORMS[s.norm](eps)
+        # who knows the draws that judge averages over all of them
+        eot = self.draws if self.view.foreknown else None
+        options, untouched = config.attack_options(spec, component, chosen, self.stochastic, eot)
+        try:
+            self.attack: Attack = component(**options)
+        except ValueError as error:
+            raise UsageError(f"{spec.name}: {error}") from error
+        self.package = self.attack.package(self.stochastic)
+        if self.view.foreknown and self.package:
+            raise UsageError(f"--view {s.view}: {attack} draws its own noise and can't be told the verdict's")
+        norm = self.attack.norms[0] if s.norm is None else s.norm
+        if norm not in self.attack.norms:
+            raise UsageError(f"{attack} searches under {' or '.join(self.attack.norms)}, not under {norm}")
+        eps = config.radius(s.eps, norm, self.data.family)
+        self.threat: ThreatModel = NORMS[norm](eps)
         custom = not untouched or (s.draws is not None and s.draws != chosen.draws)
         self.attacker, other = defense, getattr(self.attack, "source", None) or s.attacker
         g = None
         if other:  # an attack that transfers names its source itself
             roots = (Path(s.weights),) if s.weights else ()
-            need = checkpoints.Need(self.data.form, s.norm, roots, s.offline, s.trust)
+            need = checkpoints.Need(self.data.form, norm, roots, s.offline, s.trust)
             g = checkpoints.build("purifiers", other, need)
             self.attacker = Defense(
                 g.module, defense.classifier, copies=defense.copies, combine=defense.combine
@@ -148,9 +156,9 @@ class Cell:
             copies=defense.copies,
             combine=defense.combine,
             attack=str(registry.Spec(spec.name, spec.argument, options)),
-            norm=s.norm,
+            norm=norm,
             eps=config.eps_text(eps),
-            view=s.view,
+            view=str(self.view),
             attacker=str(g.spec) if g else None,
             budget="custom" if custom else chosen.name,
             select=self.select,
@@ -163,20 +171,25 @@ class Cell:
         if self.rows < 1 or self.rows % 32:
             raise UsageError(f"--batch-size {self.rows}: row counts are multiples of 32, so that no row sees its place")
         self.plan: Plan = plan(
-            self.attack, stochastic=self.stochastic, nfe=defense.nfe, n=self.n, select=self.select, draws=self.draws,
-            versions=1 if self.whole_blocks else self.attack.versions,
-        )  # fmt: skip
+            self.attack, stochastic=self.stochastic, nfe=defense.nfe, n=self.n, select=self.select, draws=self.draws
+        )
         display = self.attack.display(self.stochastic)
-        if self.whole_blocks:
-            display = display.replace(
-                str(self.attack.package), f"{self.attack.package} {version(str(self.attack.package))}"
-            )
+        if self.package:
+            display = display.replace(self.package, f"{self.package} {version(self.package)}")
+        if self.view.foreknown:
+            display += " [knows the verdict's draws]"
         names = described["names"] | {"attack": attack, "display": display}
         self.folder = Run(
             Path(s.out), self.identity, names,
             {"environment": environment(s.device, self.rows), "stochastic": self.stochastic, "nfe": defense.nfe,
-             "preflight": s.preflight, "noise": "global" if defenses.is_foreign(defense) else "keyed"},
+             "preflight": s.preflight, "noise": self._noise()},
         )  # fmt: skip
+
+    def _noise(self) -> str:
+        """How far the noise is decided by seed and image: keyed, by a package's calls, or by the place in a batch."""
+        if defenses.is_foreign(self.defense):
+            return "global"
+        return "stream" if self.package and self.stochastic else "keyed"
 
     def __str__(self) -> str:
         i, names = self.identity, self.folder.settings["names"]
@@ -205,6 +218,8 @@ class Cell:
                 print(f"all {self.n} images are recorded in {self.folder.folder}: nothing to compute", file=sys.stderr)
             return self.folder.finish()
         self._check_classes()
+        if (caveat := self.attack.caveat(self.stochastic)) and not s.quiet:
+            print(f"note: {caveat}", file=sys.stderr)
         self.folder.open(self.n, self.data.shape, mixed_environment=s.mixed_environment)
         self._preflight()
         length = self.attack.length(self.stochastic)
@@ -246,7 +261,7 @@ class Cell:
             return
         few = slice(0, min(8, len(self.data)))
         checks = preflight(
-            self.defense, VIEWS[self.settings.view](keep=1), self.data.images(few).to(self.device),
+            self.defense, self.view(keep=1), self.data.images(few).to(self.device),
             self.data.labels[few].to(self.device), self.data.ids[few], seed=self.settings.seed, rows=32,
         )  # fmt: skip
         if (expected := getattr(self.defense, "accuracy", None)) is not None:
@@ -263,13 +278,15 @@ class Cell:
         """Attack and judge the images from position ``first`` on, and record those that weren't."""
         s, started = self.settings, time.monotonic()
         # a package's search depends on its whole block: so that raising n extends the run, a block is never cut short
-        last = min(first + BLOCK, len(self.data) if self.whole_blocks else self.n)
+        last = min(first + BLOCK, len(self.data) if self.package else self.n)
         x = self.data.images(slice(first, last)).to(self.device)
         y = self.data.labels[first:last].to(self.device)
         ids = self.data.ids[first:last]
-        tape = Tape(s.seed, "attack", ids)
-        view = VIEWS[s.view](keep=self._keep(x, tape))
-        victim = Victim(self.attacker, view, tape, rows=self.rows, stochastic=self.stochastic)
+        tape = Tape(s.seed, "verdict" if self.view.foreknown else "attack", ids)
+        view = self.view(keep=self._keep(x, tape))
+        victim = Victim(
+            self.attacker, view, tape, rows=self.rows, stochastic=self.stochastic, foreknown=self.view.foreknown
+        )
         saved = time.monotonic()
         state = self.folder.load_state(first)
         if state is not None and len(state["broken_at"]) != len(ids):
@@ -289,9 +306,12 @@ class Cell:
 
         try:
             found = self.attack.perturb(x, y, victim, self.threat, state=state, watch=watch)
+        except NotApplicable as error:
+            raise UsageError(f"{self}: {error}") from error
         except AttackError as error:
             raise RunError(f"{self}: {error}") from error
-        x_adv, select = self._chosen(found.candidates, y, ids)
+        version, select = self._chosen(found.candidates, y, ids)
+        x_adv, distance = (of[version, torch.arange(len(y))] for of in (found.candidates, found.distances))
         logits = {
             "select": select,
             "clean": self._at_x(x, ids, "clean", self.draws),
@@ -300,7 +320,7 @@ class Cell:
         }
         null = self._null(x, y, ids)
         predicted = {k: _classes(v) for k, v in logits.items()}
-        distance = self.threat.distance(x_adv, x)
+        package_null = self._package_null(x, y, ids)
         extra = 3 * self.draws + (len(found.candidates) + 1) * self.select
         records = [
             {
@@ -312,6 +332,7 @@ class Cell:
                 "null_wrong": int(null[i]),
                 "fallback": bool(distance[i] == 0),
                 "package_verdict": None if found.package_correct is None else bool(found.package_correct[i]),
+                "package_null": None if package_null is None else bool(package_null[i]),
                 "forwards": found.forwards + extra + (self.attack.distinct(True) if self.stochastic else 0),
                 "backwards": found.backwards,
             }
@@ -335,14 +356,14 @@ class Cell:
         return self._kept
 
     def _chosen(self, candidates: Tensor, y: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Per image the candidate with the fewest correct ``select`` draws, and the logits of further ``select`` draws.
+        """Per image the number of the candidate with the fewest correct ``select`` draws, and logits of further draws.
 
         The draws that chose would flatter the chosen; attacks are compared by draws that chose nothing yet.
         """
         logits = [self._draws(c, ids, "select", self.select, "candidate", v) for v, c in enumerate(candidates)]
         correct = (_classes(torch.stack(logits)) == y[:, None]).sum(-1)
-        chosen = candidates[correct.argmin(0), torch.arange(len(y), device=y.device)]
-        return chosen, self._draws(chosen, ids, "select", self.select)
+        version = correct.argmin(0)
+        return version, self._draws(candidates[version, torch.arange(len(y))], ids, "select", self.select)
 
     def _draws(self, x: Tensor, ids: Tensor, role: str, count: int, *site: str | int, control: bool = False) -> Tensor:
         """Logits of ``count`` keyed draws per image, shape (B, count, K), if asked each under a random perturbation."""
@@ -368,6 +389,13 @@ class Cell:
             return torch.zeros(len(x), dtype=torch.long)
         predicted = _classes(self._at_x(x, ids, "null", self.attack.distinct(True)))
         return (predicted != y[:, None]).sum(1)
+
+    def _package_null(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor | None:
+        """The package's own verdict, were x never moved: its rule, single draws all right, played on ``null`` draws."""
+        looks = self.attack.looks(self.stochastic)
+        if not (self.stochastic and looks):
+            return None
+        return (_classes(self._at_x(x, ids, "null", looks)) == y[:, None]).all(1)
 
 
 def _from_tensors(images: Tensor, labels: Tensor) -> data.Dataset:

@@ -226,9 +226,7 @@ def _cost(defense: Defense, images: Dataset) -> list[Check]:
         options, _ = config.attack_options(registry.Spec("autoattack"), component, budget, defense.stochastic)
         made = component(**options)
         draws, select = (budget.draws, budget.select) if defense.stochastic else (1, 1)
-        versions = made.versions if defense.stochastic else 1
-        cost = plan(made, stochastic=defense.stochastic, nfe=defense.nfe, n=budget.n, select=select, draws=draws,
-                    versions=versions)  # fmt: skip
+        cost = plan(made, stochastic=defense.stochastic, nfe=defense.nfe, n=budget.n, select=select, draws=draws)
         hours = cost.n * (cost.backwards + (cost.forwards - cost.backwards) / 3) * seconds / 3600
         time_text = "about " + (f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:,.0f} min")
         checks.append(

@@ -133,11 +133,16 @@ def _what(sub: argparse.ArgumentParser) -> None:
     what.add_argument("--copies", type=int, default=1, help="purified copies per image, part of the defense (1)")
     what.add_argument("--combine", default="logits", help="of the copies: logits, probabilities or vote (logits)")
     threat = sub.add_argument_group("threat and attacker")
-    threat.add_argument("--norm", default="Linf", help="Linf or L2 (Linf)")
+    threat.add_argument("--norm", help="Linf, L2 or StAdv (the attack's own: Linf, but for stadv)")
     threat.add_argument(
         "--eps", action="append", metavar="RADIUS", help="radius in [0, 1] pixel units, e.g. 16/255; may be repeated"
     )
-    threat.add_argument("--view", default="exact", help="what is differentiated: exact, bpda or blind (exact)")
+    threat.add_argument(
+        "--view",
+        default="exact",
+        help="what is differentiated: exact, bpda, blind, surrogate:gradient=NAME, adjoint; "
+        "with noise=verdict the attacker knows the draws that judge (exact)",
+    )
     threat.add_argument("--attacker", metavar="SPEC", help="differentiate this purifier instead; the verdict doesn't")
     effort = sub.add_argument_group("effort")
     effort.add_argument("--budget", default="auto", help="quick, standard, paper or auto (auto: by device)")

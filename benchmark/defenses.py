@@ -97,15 +97,21 @@ def grid(
     lists = []
     for kind, text in (("purifiers", purifiers), ("classifiers", classifiers), ("attacks", attacks)):
         if text == "all":
-            known = registry.names(kind) if kind == "attacks" else checkpoints.names(kind, pool.family, roots)
-            lists.append(known)
+            lists.append(_attacks(settings) if kind == "attacks" else checkpoints.names(kind, pool.family, roots))
         else:
             lists.append(list(dict.fromkeys(s for item in registry.expand(text) for s in registry.split(item))))
     for p in lists[0]:
         for c in lists[1]:
             defense = load(
-                p, c, pool.form, copies=copies, combine=combine, norm=settings.norm, weights=settings.weights,
+                p, c, pool.form, copies=copies, combine=combine, norm=settings.norm or "Linf", weights=settings.weights,
                 offline=settings.offline, trust=settings.trust,
             )  # fmt: skip
             for eps, a in itertools.product(radii, lists[2]):
                 yield Cell(defense, pool, a, dataclasses.replace(settings, eps=eps))
+
+
+def _attacks(settings: Settings) -> list[str]:
+    """The attacks that "all" names: those that need no argument, under the threat model that was asked for, or Linf."""
+    components: dict[str, Any] = {name: registry.load("attacks", name) for name in registry.names("attacks")}
+    norm = settings.norm or "Linf"
+    return [name for name, a in components.items() if norm in a.norms and not hasattr(a, "argument")]

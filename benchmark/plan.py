@@ -11,8 +11,8 @@ from attacks import Attack
 class Plan:
     """Draws of the defense per image, and image passes of the purifier's network in all.
 
-    A pass is one image through the network once, forward or backward. For a third-party attack it is an upper bound:
-    images that break leave early.
+    A pass is one image through the network once, forward or backward. For a third-party attack it is roughly an
+    upper bound: images that break leave early.
     """
 
     n: int
@@ -26,18 +26,18 @@ class Plan:
         return self.n * self.nfe * (self.forwards + self.backwards)
 
     def __str__(self) -> str:
-        bound = "at most " if self.upper_bound else ""
+        bound = "about " if self.upper_bound else ""
         return (
             f"plan: {self.n} images × ({bound}{self.forwards:,} forward + {self.backwards:,} backward draws) × "
             f"{self.nfe} network evaluations = {bound}{self.passes:,} image passes"
         )
 
 
-def plan(attack: Attack, *, stochastic: bool, nfe: int, n: int, select: int, draws: int, versions: int) -> Plan:
+def plan(attack: Attack, *, stochastic: bool, nfe: int, n: int, select: int, draws: int) -> Plan:
     """The plan of one cell: the attack, the null floor (its different draws, at x), selection, three verdicts."""
     observed = attack.evaluations(stochastic)
-    verdicts = 3 * draws + (versions + 1) * select
-    null = attack.distinct(True) if stochastic else 0
+    verdicts = 3 * draws + (attack.versions(stochastic) + 1) * select
+    null = max(attack.distinct(stochastic), attack.looks(stochastic)) if stochastic else 0
     return Plan(
-        n, nfe, observed + null + verdicts, attack.gradients(stochastic), attack.package is not None and not stochastic
+        n, nfe, observed + null + verdicts, attack.gradients(stochastic), attack.package(stochastic) is not None
     )

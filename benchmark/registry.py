@@ -123,7 +123,8 @@ def load(kind: str, name: str, argument: str | None = None) -> type:
     Args:
         kind: "purifiers", "attacks" or "classifiers".
         name: the file's name, an entry point's name, or "file".
-        argument: for "file": ``PATH.py:Class``, or, but for attacks, ``PATH.py:function`` that makes a module.
+        argument: for "file": ``PATH.py:Class``, or, but for attacks, ``PATH.py:function`` that makes a module; for a
+            component with a classmethod ``of``: what that makes a component of.
 
     Raises:
         UsageError: for an unknown name, with the nearest and all; for an argument that nothing reads; or for a file
@@ -131,16 +132,21 @@ def load(kind: str, name: str, argument: str | None = None) -> type:
     """
     if name == "file":
         return _from_file(kind, argument)
-    if argument is not None:
-        raise UsageError(f"{name}:{argument}: {name} takes no argument; options are written {name}:key=value")
     plugins = {p.name.replace("_", "-"): p for p in importlib.metadata.entry_points(group=kind)}
     if name not in names(kind):
         raise UsageError(unknown(kind[:-1], name, names(kind)))
     if name in plugins:
-        return plugins[name].load()
-    module = importlib.import_module(f"{kind}.{name.replace('-', '_')}")
-    (component,) = _components(kind, module)
-    return component
+        component = plugins[name].load()
+    else:
+        (component,) = _components(kind, importlib.import_module(f"{kind}.{name.replace('-', '_')}"))
+    if argument is None:
+        return component
+    if not hasattr(component, "of"):
+        raise UsageError(f"{name}:{argument}: {name} takes no argument; options are written {name}:key=value")
+    try:
+        return component.of(argument)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def raised(error: BaseException) -> str:

@@ -170,7 +170,7 @@ def _row(run: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
     watched = watched and identity["view"] != "blind" and not identity["attacker"]
     copies = "" if identity["copies"] == 1 else f" × {identity['copies']} ({identity['combine']})"
     notes = [] if run.get("preflight", True) else ["no preflight"]
-    notes += ["noise: global"] if run["stochastic"] and run.get("noise") == "global" else []
+    notes += [f"noise: {run['noise']}"] if run["stochastic"] and run.get("noise", "keyed") != "keyed" else []
     notes += ["mixed environment"] if run.get("mixed_environment") else []
     notes += [] if run.get("complete", True) else [f"incomplete: {len(records)} of {run['n']}"]
     return {

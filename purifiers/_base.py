@@ -93,6 +93,18 @@ class Purifier(nn.Module):
             x = apply(self.finish, state, context)
         return x
 
+    def diffused(self, k: int, x: Images, noise: Noise) -> State | None:
+        """The state that stands for x itself after k steps, under the same noise; None if there is no such path."""
+        return None
+
+    def surrogate(self, name: str) -> Purifier:
+        """A purifier of the same stages whose backward pass an attacker may put in place of the exact one.
+
+        Raises:
+            ValueError: for a name that isn't in ``surrogates``.
+        """
+        raise ValueError(f"{type(self).__name__} has no surrogate {name!r}; it offers {self.surrogates or 'none'}")
+
     @property
     def nfe(self) -> int:
         """Network evaluations per image for one purification."""

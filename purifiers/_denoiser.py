@@ -44,7 +44,9 @@ class Denoiser:
         """The alpha_bar that belongs to the net's label at time t; 1 at t = 0."""
         if t <= 0:
             return 1.0
-        return self.schedule.table[self.schedule.index(t)] if self.labels == "index" else self.schedule.alpha_bar(t)
+        if self.labels == "index" and (index := self.schedule.index(t)) >= 0:
+            return self.schedule.table[index]
+        return self.schedule.alpha_bar(t)  # in continuous time, and before the first index
 
     def noise(self, z: Tensor, t: float | Tensor) -> Tensor:
         """The predicted noise, for one time for all rows (a float) or one index per row (an integer tensor)."""

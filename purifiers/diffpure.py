@@ -79,6 +79,9 @@ class DiffPure(Purifier):
     def finish(self, state: Tensor, context: Size) -> Images:
         return ((resize(state, context) + 1) / 2).clamp(0, 1)
 
+    def diffused(self, k: int, x: Images, noise: Noise) -> Tensor:
+        return _sampler.diffuse(self.denoiser.fit(2 * x - 1), self.denoiser.alpha_bar(self.times[k]), noise)
+
     def objectives(
         self, batch: Batch, noise: Noise, *, focus: float = 0.0, focus_below: float = 1.0
     ) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ class VAE(Purifier):
     """
 
     dial = "temperature"
+    surrogates = ("mean",)
 
     def __init__(
         self,
@@ -57,6 +58,10 @@ class VAE(Purifier):
 
     def finish(self, state: Tensor, context: Images) -> Images:
         return self.codec.decode(state, context.shape).clamp(0, 1)
+
+    def surrogate(self, name: str) -> Purifier:
+        """ "mean": the gradient through the posterior's mean alone, as if its spread didn't depend on x."""
+        return VAE(self.autoencoder, temperature=0.0) if name == "mean" else super().surrogate(name)
 
     def objectives(self, batch: Batch, noise: Noise, *, sigma_x: float = 0.1, beta: float = 1.0) -> dict[str, Tensor]:
         posterior = self.codec.encode(batch.x)

@@ -9,7 +9,7 @@ import torch
 from pyautoattack.autopgd_base import APGDAttack
 
 from attacks import NORMS, VIEWS, Victim
-from attacks.apgd import APGD
+from attacks._autopgd import AutoPGD as APGD
 from benchmark import registry
 from purifiers import Tape
 from tests.conftest import images, undefended

@@ -1,0 +1,63 @@
+"""An attack on the encoder alone: if it falls, everything behind it falls?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attacks._gradient import Evaluation, Victim
+from attacks._views import NotApplicable, Watched
+from attacks.pgd import PGD
+
+
+class Encoder(PGD):
+    """PGD on ‖e(x') - e(x)‖² / d, with e the purifier's first stage under one noise; then the whole defense is judged.
+
+    e is what a codec encodes, or a diffusion's first state. Labels and the classifier play no part in the search, so
+    what is lost here is lost by the encoder.
+
+    Args:
+        steps, eot, step, step_size, restarts, random_start, iterate, sign: as for ``pgd``; ``loss`` isn't used.
+
+    Raises:
+        ValueError: as ``pgd``.
+        NotApplicable: for a purifier without stages, or under a view that doesn't differentiate them.
+    """
+
+    def display(self, stochastic: bool) -> str:
+        return super().display(stochastic).replace(f"PGD-{self.loss_name.upper()}", "encoder PGD")
+
+    def look(self, k: int, x_adv: Tensor, x: Tensor, y: Tensor, victim: Victim) -> Evaluation:
+        first = _First()
+
+        def displacement(logits: Tensor, labels: Tensor, clean: Tensor) -> Tensor:
+            return first.displacement(clean)
+
+        return victim.evaluate(
+            x_adv, y, displacement, "pgd", k, eot=self.eot, aside=(x,), view=Watched(victim.view, first.see)
+        )
+
+
+class _First:
+    """The first stage of a purification, to be run again on the unperturbed image."""
+
+    def __init__(self) -> None:
+        self.stage: Callable[..., Any] | None = None
+
+    def see(self, stage: Callable[..., Any], inputs: tuple, output: Any) -> None:
+        if stage.__name__ == "start" and self.stage is None:
+            self.stage, (_, self.noise), (self.state, _) = stage, inputs, output
+
+    def displacement(self, clean: Tensor) -> Tensor:
+        """The mean squared displacement per row; a row's purified copies are averaged."""
+        if self.stage is None or not self.state.requires_grad:
+            raise NotApplicable("encoder needs a purifier with stages, and a view that differentiates them")
+        copies = len(self.state) // len(clean)
+        with torch.no_grad():
+            before, _ = self.stage(clean.repeat_interleave(copies, 0), self.noise)
+        self.stage = None
+        moved = (self.state - before).square().flatten(1).mean(1)
+        return moved.unflatten(0, (len(clean), copies)).mean(1)
