@@ -43,7 +43,7 @@ class Model(nn.Module):
         victim.backwards += round(self.backwards / images)
 
 
-def seed(victim: Victim) -> int:
+def seed_of(victim: Victim) -> int:
     """A seed for a package that follows from the run's seed and the block's first image."""
     return (int(victim.tape.seed) * 1_000_003 + int(victim.tape.ids[0])) % 2**31
 
@@ -56,8 +56,8 @@ def contained(victim: Victim, device: torch.device) -> Iterator[None]:
     logger.setLevel(logging.WARNING)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed(victim))
-            np.random.seed(seed(victim))
+            torch.manual_seed(seed_of(victim))
+            np.random.seed(seed_of(victim))
             yield
     finally:
         np.random.set_state(numpy_state)

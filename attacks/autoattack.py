@@ -11,7 +11,7 @@ from attacks._autopgd import AutoPGD
 from attacks._base import Attack, State
 from attacks._ensemble import Ensemble
 from attacks._gradient import Victim
-from attacks._package import Model, contained, seed
+from attacks._package import Model, contained, seed_of
 from attacks._threat import ThreatModel
 from attacks.square import Square
 
@@ -43,6 +43,7 @@ class AutoAttack(Ensemble):
     Reference: Croce and Hein 2020 (arXiv 2003.01690).
     """
 
+    norms = ("Linf", "L2")
     VERSIONS, BACKENDS = ("standard", "rand", "plus"), ("native", "pyautoattack")
     TARGETS, RESTARTS = 9, 5
     COST = {"standard": (7_864, 1_910), "plus": (20_000, 6_000)}
@@ -137,7 +138,7 @@ class AutoAttack(Ensemble):
         version, model = self.version(victim.stochastic), Model(victim, x.device)
         with contained(victim, x.device), torch.no_grad():
             package = Package(
-                model, norm=threat.norm, eps=threat.bound, seed=seed(victim), version=version, device=x.device
+                model, norm=threat.norm, eps=threat.bound, seed=seed_of(victim), version=version, device=x.device
             )
             if version == "rand":
                 package.apgd.n_iter, package.apgd.eot_iter = self.steps, self.eot

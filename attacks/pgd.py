@@ -50,8 +50,8 @@ class PGD(Attack):
     ):
         if min(steps, eot, restarts) < 1 or step <= 0 or step_size < 0:
             raise ValueError(
-                f"steps, eot, restarts and step must be positive, step_size not negative, "
-                f"got {steps}, {eot}, {restarts}, {step}, {step_size}"
+                "step_size must not be negative, steps, eot, restarts and step must be positive, got "
+                f"{step_size} and {steps}, {eot}, {restarts}, {step}"
             )
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")

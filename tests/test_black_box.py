@@ -97,7 +97,7 @@ def test_more_queries_gain_more_and_never_as_much_as_the_gradient(norm, eps):
     assert gains == sorted(gains), gains
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", Square.norms)
 @pytest.mark.parametrize("side", [1, 2, 3, 5, 8])
 def test_a_move_stays_in_the_ball_and_changes_at_most_its_squares(norm, side):
     x = 0.3 + 0.4 * images(4, (3, 8, 8))

@@ -158,9 +158,9 @@ def test_bad_grammar_is_bad_usage(capsys, arguments):
         (["--purifier", "diffpure:t_star"], "diffpure takes no argument"),
         (["--purifier", "diffpure:t_star=,steps=1"], "expected key=value, got 't_star='"),
         (["--attack", "pgd:5"], "pgd takes no argument"),
-        (["--attack", "pgd:steps=0"], "must be positive, got 0"),
+        (["--attack", "pgd:steps=0"], "steps, eot, restarts and step must be positive, got 0.0 and 0, 4"),
         (["--attack", "pgd:steps=1.5"], "pgd: steps takes int, got '1.5'"),
-        (["--attack", "pgd:loss=l1"], "loss must be one of ce, dlr, margin, got 'l1'"),
+        (["--attack", "pgd:loss=l1"], "loss must be one of ce, dlr, margin, error, got 'l1'"),
     ],
 )
 def test_a_value_out_of_range_is_named_with_what_is_expected(run, tmp_path, capsys, arguments, expected):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmark import evaluate, report, results
+from benchmark import cell, evaluate, report, results
 from benchmark.cell import Incomplete
 from benchmark.errors import RunError, UsageError
 from classifiers.resnet import ResNet
@@ -112,7 +112,7 @@ def test_a_state_is_saved_at_its_interval(tmp_path, run, monkeypatch):
     monkeypatch.setattr(results.Run, "save_state", lambda self, *a: (saved.append(a[0]), keep(self, *a))[1])
     run("never")
     assert saved == []
-    monkeypatch.setattr(evaluation, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(cell, "SAVE_EVERY", 0.0)
     run("always")
     assert saved == [0] * 4
 

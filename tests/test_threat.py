@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from attacks import L2, NORMS, Linf
+from attacks._threat import Flow
 from purifiers import Tape
 from tests.conftest import SHAPE, images
 
@@ -21,11 +22,12 @@ RADII = {
     "Linf": ["8/255", "16/255", "4/255", "1/10", "1/3", "0", "1"],
     "L2": ["1/2", "3/2", "1/10", "128/255", "3", "0"],
 }
-CASES = [(norm, eps) for norm in NORMS for eps in RADII[norm]]
+BALLS = [*RADII]
+CASES = [(norm, eps) for norm in BALLS for eps in RADII[norm]]
 AWKWARD = [0.0, 1.0, 1e-9, 1e-30, 16 / 255, 8 / 255, 0.1, 0.5, 1 - 16 / 255, 0.9999999]
 
 every_ball = pytest.mark.parametrize("norm, eps", CASES, ids=lambda v: str(v).replace("/", ":"))
-every_norm = pytest.mark.parametrize("norm", NORMS)
+every_norm = pytest.mark.parametrize("norm", BALLS)
 pixels = st.one_of(st.sampled_from(AWKWARD).map(lambda v: float(np.float32(v))), st.floats(0, 1, width=32))
 anything = st.one_of(pixels, st.floats(-2, 3, width=32))
 
@@ -43,7 +45,7 @@ def tape(n: int) -> Tape:
 
 
 def test_every_norm_has_radii_here():
-    assert set(RADII) == set(NORMS)
+    assert {*RADII, "StAdv"} == set(NORMS)
 
 
 @pytest.mark.parametrize("base", [Linf, L2])
@@ -207,3 +209,61 @@ def test_radii_that_make_no_sense():
     for threat in NORMS.values():
         with pytest.raises(ValueError, match="negative"):
             threat(Fraction(-1, 255))
+
+
+# Flows
+
+
+def flow_of(code: torch.Tensor, x: torch.Tensor, eps: str = "1") -> torch.Tensor:
+    return Flow(Fraction(eps)).render(code, x)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 6, 10)])
+def test_a_flow_of_whole_pixels_moves_pixels(shape):
+    """Half a side is the unit: 2 / W to the right takes each pixel's value from its right neighbour."""
+    x = images(3, shape)
+    still = Flow(Fraction(1)).origin(x)
+    assert torch.allclose(flow_of(still, x), x, rtol=0, atol=1e-12)
+    right, down = still.clone(), still.clone()
+    right[:, 0], down[:, 1] = 2 / shape[2], 2 / shape[1]
+    assert torch.allclose(flow_of(right, x)[..., :-1], x[..., 1:], rtol=0, atol=1e-12)
+    assert torch.allclose(
+        flow_of(right, x)[..., -1], x[..., -1], rtol=0, atol=1e-12
+    )  # beyond the border, its last pixel
+    assert torch.allclose(flow_of(down, x)[..., :-1, :], x[..., 1:, :], rtol=0, atol=1e-12)
+    half = still.clone()
+    half[:, 0] = 1 / shape[2]
+    assert torch.allclose(flow_of(half, x)[..., :-1], (x[..., 1:] + x[..., :-1]) / 2, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("eps", ["1/20", "1/10", "0", "2"])
+@given(code=hnp.arrays(np.float32, (2, 2, 3, 3), elements=st.floats(-3, 3, width=32)).map(torch.from_numpy),
+       x=batch(pixels))  # fmt: skip
+@settings(max_examples=30)
+def test_an_enforced_flow_needs_no_tolerance_and_gives_an_image(eps, code, x):
+    threat = Flow(Fraction(eps))
+    enforced = threat.enforce(code, x)
+    assert (threat.distance(enforced, x) <= threat.bound).all()
+    assert torch.allclose(enforced, code.clamp(-threat.bound, threat.bound), rtol=0, atol=1e-6)
+    image = threat.render(enforced, x)
+    assert image.shape == x.shape and inside_box(image)
+    assert image.min() >= x.min() - 1e-6 and image.max() <= x.max() + 1e-6  # bilinear: no new extremes
+
+
+def test_the_gradient_of_a_flow_is_that_of_the_loss_of_its_image():
+    x, threat = images(2, (1, 6, 6)), Flow(Fraction(1, 2))
+    code = 0.3 * (tape(2).uniform("code", like=threat.origin(x)) - 0.5)
+    w = images(2, (1, 6, 6)) - 0.5
+    gradient = threat.pullback(w, code, x)
+    direction, h = tape(2).normal("d", like=code), 1e-6
+    ends = [(w * threat.render(code + s * h * direction, x)).sum() for s in (1, -1)]
+    assert float((gradient * direction).sum()) == pytest.approx(float(ends[0] - ends[1]) / (2 * h), rel=1e-5)
+
+
+def test_random_flows_lie_in_the_ball_and_controls_at_its_rim():
+    threat, x = Flow(Fraction(1, 20)), images(64, (1, 28, 28), torch.float32)
+    start, extreme = threat.random(x, tape(64)), threat.extreme(x, tape(64))
+    assert (threat.distance(start, x) <= threat.bound + 1e-6).all() and start.std() > 0.02
+    assert (threat.distance(extreme, x) <= threat.bound).all()
+    assert torch.allclose(extreme.abs(), torch.tensor(0.05), rtol=0, atol=1e-6)
+    assert inside_box(threat.control(x, tape(64))) and not torch.equal(threat.control(x, tape(64)), x)

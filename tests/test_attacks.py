@@ -1,0 +1,276 @@
+"""The contract of every attack: inside its threat model, repeatable, as strong as it can be where that is known."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from attacks import NORMS, VIEWS, Attack, AttackError, Victim
+from benchmark import registry
+from purifiers import Defense, Tape
+from tests.conftest import SHAPE, Linear, classifier, images, undefended
+
+EPS = {"Linf": Fraction(16, 255), "L2": Fraction(3, 5), "StAdv": Fraction(1, 5)}
+SMALL = {"steps": 10, "eot": 2, "queries": 12}
+VARIANTS = [
+    "pgd:iterate=best,restarts=2", "pgd:sign=true,step_size=0.01", "apgd:targets=2", "apgd:loss=dlr,restarts=2",
+    "autoattack:version=standard,backend=native", "autoattack:version=rand,backend=pyautoattack",
+    "torchattacks:PGD", "torchattacks:PGDL2",
+]  # fmt: skip
+"""What else an attack must keep the contract as, beside each file at its defaults."""
+ATTACKS = [name for name in registry.names("attacks") if name != "torchattacks"] + VARIANTS
+N = 24
+
+
+def component_of(text: str) -> type:
+    spec = registry.parse(text)
+    return registry.load("attacks", spec.name, spec.argument)
+
+
+def small(text: str, **chosen) -> Attack:
+    component, spec = component_of(text), registry.parse(text)
+    wanted = {k: v for k, v in (SMALL | chosen).items() if k in registry.options(component)}
+    return component(**registry.resolve(component, spec, wanted))
+
+
+def searching(cases: list[str]) -> list:
+    """Each attack under each threat model that it can search."""
+    return [pytest.param(text, norm, id=f"{text}-{norm}") for text in cases for norm in component_of(text).norms]
+
+
+OURS = [text for text in ATTACKS if small(text).package(True) is None]
+AIMING = [
+    text for text in ATTACKS
+    if not component_of(text).black_box and registry.parse(text).name not in ("lf", "encoder", "stadv")
+]  # fmt: skip
+"""White-box attacks that may change every pixel, and that aim at the label: they reach a linear model's optimum."""
+IN_BALLS = [case for case in searching(AIMING) if case.values[1] != "StAdv"]
+
+every_attack = pytest.mark.parametrize("name", ATTACKS)
+
+
+def generators() -> list[list[int]]:
+    """The state of the global generators."""
+    return [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()]
+
+
+def victim_of(defense: Defense, ids: torch.Tensor, stochastic: bool | None = None) -> Victim:
+    stochastic = defense.stochastic if stochastic is None else stochastic
+    return Victim(defense, VIEWS["exact"](), Tape(0, "attack", ids), rows=32, stochastic=stochastic)
+
+
+def linear(classes: int = 10) -> Linear:
+    """A linear model in which every image is at some distance from every boundary."""
+    w = Tape(3, "images", torch.arange(classes)).normal("w", like=torch.empty(classes, 64))
+    return Linear(w / 8, torch.zeros(classes))
+
+
+def two_sided(shape: tuple[int, int, int] = SHAPE) -> tuple[Linear, torch.Tensor]:
+    """Ten classes of which two matter: z = (⟨w, x - 1/2⟩, -⟨w, x - 1/2⟩, -50, …)."""
+    size = int(np.prod(shape))
+    w = Tape(4, "images", torch.arange(1)).normal("w", like=torch.empty(1, size))
+    b = torch.full((10,), -50.0)
+    b[:2] = 0
+    return Linear(torch.cat([w, -w, torch.zeros(8, size)]), b), w.view(shape)
+
+
+@pytest.mark.parametrize("name, norm", searching(ATTACKS))
+@pytest.mark.parametrize("purifier", ["vae", "diffpure"])
+def test_an_attack_on_a_stochastic_defense_stays_inside_and_leaves_no_trace(name, norm, purifier, make):
+    defense = Defense(make((purifier, {})).float(), classifier().float())
+    x, y = images(4, dtype=torch.float32), torch.arange(4)
+    x[0], x[1] = x[0].round(), 0
+    threat, before = NORMS[norm](EPS[norm]), generators()
+    kept = x.clone(), {k: v.clone() for k, v in defense.state_dict().items()}
+    attack, victim = small(name, steps=3), victim_of(defense, torch.arange(4))
+    found = attack.perturb(x, y, victim, threat)
+    assert generators() == before
+    assert torch.equal(x, kept[0]) and all(torch.equal(v, kept[1][k]) for k, v in defense.state_dict().items())
+    assert found.candidates.shape[1:] == x.shape and found.candidates.dtype == x.dtype
+    assert found.candidates.shape[0] == attack.versions(True)
+    assert (found.distances <= threat.bound).all() and found.distances.shape == found.candidates.shape[:2]
+    for candidate, distance in zip(found.candidates, found.distances, strict=True):
+        if norm != "StAdv":  # of a flow only the attack knows it
+            assert torch.equal(threat.distance(candidate, x), distance)
+        assert 0 <= candidate.min() and candidate.max() <= 1
+        if attack.package(True) is None:  # a package may leave an image that it found misclassified
+            assert torch.equal(distance, 0 * distance) == (name == "identity")
+    if attack.package(True) is None:
+        assert (found.forwards, found.backwards) == (attack.evaluations(True), attack.gradients(True))
+    else:
+        assert 0 <= found.backwards <= found.forwards <= attack.evaluations(True) + 1
+    assert ((-1 <= found.broken_at) & (found.broken_at < max(attack.evaluations(True), 1))).all()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_an_attack_gives_the_same_in_any_batch_and_after_a_pause(name, make):
+    """Keyed noise: an image attacked alone, or continued from a saved state, ends where it would have ended."""
+    defense = Defense(make(("vae", {})), classifier())
+    x, y, ids = images(5), torch.arange(5), torch.arange(5)
+    attack, norm = small(name, steps=4), component_of(name).norms[0]
+    threat = NORMS[norm](EPS[norm])
+    saved = {}
+
+    def watch(k, state):
+        saved[k] = {key: value.clone() for key, value in state.items()}
+
+    whole = attack.perturb(x, y, victim_of(defense, ids), threat, watch=watch)
+    assert list(saved) == list(range(1, attack.length(True) + 1))
+    for k in {1, max(attack.length(True) // 2, 1), attack.length(True)}:
+        resumed = attack.perturb(x, y, victim_of(defense, ids), threat, state=saved[k])
+        assert torch.equal(resumed.candidates, whole.candidates) and torch.equal(resumed.broken_at, whole.broken_at)
+        assert (resumed.forwards, resumed.backwards) == (whole.forwards, whole.backwards)
+    alone = attack.perturb(x[3:4], y[3:4], victim_of(defense, ids[3:4]), threat)
+    assert torch.allclose(alone.candidates[:, 0], whole.candidates[:, 3], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape, n", [(SHAPE, N), ((3, 6, 5), 40), ((2, 12, 9), 1)], ids=str)
+@pytest.mark.parametrize("name, norm", IN_BALLS)
+def test_natively_an_attack_reaches_the_optimum_of_a_linear_model(name, norm, shape, n):
+    """The strongest perturbation is known: x - y eps sign(w) in Linf, x - y eps w / ‖w‖ in L2.
+
+    Forty images are more than one call of the network takes.
+    """
+    model, w = two_sided(shape)
+    x = 0.5 + 0.2 * (images(n, shape, torch.float32) - 0.5)  # so far from 0 and 1 that no clamp acts
+    y = model(x).argmax(1)
+    side = (1 - 2.0 * y).view(-1, 1, 1, 1)
+    threat = NORMS[norm](EPS[norm])
+    direction = {"Linf": w.sign(), "L2": w / w.norm()}[norm]
+    optimum = x - side * threat.bound * direction
+    assert 0 < optimum.min() and optimum.max() < 1
+    attack = small(name, steps=20, eot=1, step=10.0)
+    found = attack.perturb(x, y, victim_of(undefended(model), torch.arange(n), True), threat)
+    best = {"Linf": w.abs().sum(), "L2": w.norm()}[norm] * threat.bound
+    logits = model(found.candidates.flatten(0, 1)).unflatten(0, (-1, n))
+    gained = (model(x) - logits).gather(2, y.view(1, -1, 1).expand(len(logits), -1, 1))[..., 0] / best
+    # a candidate may aim at a class that is out of reach, or be Square's; the strongest is the optimum
+    strongest = gained.amax(0)
+    assert (strongest > 0.98).all() and (strongest <= 1 + 1e-4).all(), strongest
+    if norm == "Linf" and registry.parse(name).name in ("pgd", "apgd", "diffattack") and "targets" not in name:
+        assert torch.allclose(found.candidates, optimum.expand_as(found.candidates), rtol=0, atol=1e-6)
+
+
+DETERMINISTIC = [
+    # a package's own numbers can't be made smaller: L2 takes as long again
+    pytest.param(*case.values, id=case.id, marks=[pytest.mark.slow] if case.id == "autoattack-L2" else [])
+    for case in IN_BALLS
+]
+
+
+@pytest.mark.parametrize("name, norm", DETERMINISTIC)
+def test_on_a_deterministic_linear_model_the_verdict_is_the_exact_one(name, norm):
+    """An image is robust iff every margin exceeds eps times the dual norm of w_y - w_c.
+
+    The package targets every class and must decide ten of them; the untargeted losses only the two-sided model.
+    """
+    attack, before = small(name, steps=50, eot=1, step=10.0), generators()
+    model = linear() if attack.package(False) == "pyautoattack" and "rand" not in name else two_sided()[0]
+    x = 0.5 + 0.2 * (images(N, dtype=torch.float32) - 0.5)
+    logits = model(x)
+    y, ids = logits.argmax(1), torch.arange(N)
+    dual = {"Linf": 1, "L2": 2}[norm]
+    lengths = (model.w[y][:, None] - model.w[None]).norm(dual, dim=2)
+    slack = (logits.gather(1, y[:, None]) - logits) / lengths
+    radius = slack.masked_fill(torch.nn.functional.one_hot(y, 10).bool(), torch.inf).amin(1)
+    eps = Fraction(round(float(radius.median()) * 1e6), 10**6)
+    threat = NORMS[norm](eps)
+    assert 0 < (x - threat.bound).min() and (x + threat.bound).max() < 1
+    decided = (radius - threat.bound).abs() > 0.03 * threat.bound
+    robust = radius > threat.bound
+    assert 0.3 < robust.float().mean() < 0.7 and decided.float().mean() > 0.8
+
+    found = attack.perturb(x, y, victim_of(undefended(model), ids), threat)
+    assert generators() == before
+    for candidate in found.candidates:
+        assert (threat.distance(candidate, x) <= threat.bound).all()
+    survives = (model(found.candidates.flatten(0, 1)).argmax(1).unflatten(0, (-1, N)) == y).all(0)
+    assert torch.equal(survives[decided], robust[decided])
+    assert survives[robust].all()
+    if found.package_correct is not None:
+        assert torch.equal(found.package_correct[decided], robust[decided])
+
+
+@pytest.mark.parametrize("name, norm", searching(ATTACKS))
+def test_no_radius_no_change(name, norm):
+    x, y = images(4, dtype=torch.float32), torch.arange(4)
+    threat = NORMS[norm](Fraction(0))
+    found = small(name).perturb(x, y, victim_of(undefended(linear()), torch.arange(4), True), threat)
+    assert (found.distances == 0).all()
+    # rendering a flow of nought interpolates between a pixel and itself
+    assert torch.allclose(found.candidates, x.expand_as(found.candidates), rtol=0, atol=1e-5 if norm == "StAdv" else 0)
+
+
+@every_attack
+def test_the_name_in_tables_says_how_much_was_done(name):
+    attack = small(name)
+    full = small(name, steps=100, queries=5000, eot=20)
+    if name != "identity":
+        assert full.display(True) != attack.display(True)
+        assert re.search(r"10 it|12 queries", attack.display(True))
+        assert "EOT 2" in attack.display(True) or "eot" not in registry.options(component_of(name))
+
+
+def test_autoattack_is_a_name_for_the_full_attack_only():
+    component = registry.load("attacks", "autoattack")
+    assert component().display(True) == "AutoAttack-rand (native)"
+    assert component(steps=20, eot=4).display(True) == "APGD-CE+DLR (20 it, EOT 4)"
+    assert component(steps=100, eot=19).display(True) == "APGD-CE+DLR (100 it, EOT 19)"
+    assert component(steps=20, eot=4).display(False).startswith("AutoAttack (standard")
+    native = component(backend="native")
+    assert native.display(False) == "APGD-CE+T (100 it)+Square (5000 queries)"
+    assert native.display(True) == "AutoAttack-rand (native)"
+    package = component(version="rand", backend="pyautoattack")
+    assert package.display(True) == "AutoAttack (rand, pyautoattack)"
+    assert (
+        component(version="plus", steps=20, backend="pyautoattack").display(True) == "AutoAttack (plus, pyautoattack)"
+    )
+    less = component(version="rand", backend="pyautoattack", steps=20)
+    assert less.display(True) == "APGD-CE+DLR (20 it, EOT 20, pyautoattack)"
+
+
+@every_attack
+def test_attack_options_out_of_range_are_errors(name):
+    component = component_of(name)
+    wrong = {
+        "steps": 0, "eot": 0, "loss": "mse", "restarts": 0, "step": 0.0, "step_size": -0.1, "queries": 0, "share": 0.0,
+        "block": 0, "targets": -1, "iterate": "first", "version": "custom", "backend": "torchattacks", "weight": -1.0,
+    }  # fmt: skip
+    if component.__name__.startswith("TorchAttacks"):
+        return  # the package's own affair
+    for key in wrong.keys() & registry.options(component).keys():
+        with pytest.raises(ValueError, match=key):
+            component(**{key: wrong[key]})
+
+
+@pytest.mark.parametrize(
+    "fault, message", [("outside", "left the L2 ball"), ("nan", "aren't finite"), ("shape", "shape")]
+)
+def test_an_attack_that_leaves_its_threat_model_ends_the_run(fault, message):
+    faults = {
+        "outside": lambda x: (x + 0.2).clamp(0, 1),
+        "nan": lambda x: x / 0 * 0,
+        "shape": lambda x: x[:, :, :4],
+    }
+
+    class Faulty(registry.load("attacks", "pgd")):
+        def finish(self, state):
+            return faults[fault](state["x_adv"][0])[None]
+
+    x, y = images(2, dtype=torch.float32), torch.arange(2)
+    with pytest.raises(AttackError, match=message):
+        Faulty(steps=1, eot=1).perturb(x, y, victim_of(undefended(linear()), y), NORMS["L2"](Fraction(1, 2)))
+
+
+def test_more_restarts_are_more_candidates_and_start_apart():
+    x, y = images(3, dtype=torch.float32), torch.arange(3)
+    victim = victim_of(undefended(linear()), y)
+    threat = NORMS["Linf"](EPS["Linf"])
+    several = small("pgd", steps=1, restarts=3, step=0.01).perturb(x, y, victim, threat).candidates
+    assert len(several) == 3 and len(several.flatten(1).unique(dim=0)) == 3
+    one = small("pgd", steps=1, step=0.01).perturb(x, y, victim_of(undefended(linear()), y), threat).candidates
+    assert torch.equal(one[0], several[0])
