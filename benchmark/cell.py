@@ -136,9 +136,9 @@ class Cell:
         eps = config.radius(s.eps, norm, self.data.family)
         self.threat: ThreatModel = NORMS[norm](eps)
         custom = not untouched or (s.draws is not None and s.draws != chosen.draws)
-        self.attacker, other = defense, getattr(self.attack, "source", None) or s.attacker
-        g = None
-        if other:  # an attack that transfers names its source itself
+        source = getattr(self.attack, "source", None)  # an attack that transfers names its attacker itself
+        self.attacker, other, g = defense, source or s.attacker, None
+        if other:
             roots = (Path(s.weights),) if s.weights else ()
             need = checkpoints.Need(self.data.form, norm, roots, s.offline, s.trust)
             g = checkpoints.build("purifiers", other, need)
@@ -152,14 +152,15 @@ class Cell:
             classifier=described["classifier"],
             weights=described["weights"]
             | {f"attack.{k}": v for k, v in registry.source(spec).items()}
-            | ({f"attacker.{k}": v for k, v in g.weights.items()} if g else {}),
+            | ({f"attack{'.source' if source else 'er'}.{k}": v for k, v in g.weights.items()} if g else {})
+            | ({"attack.source": str(g.spec)} if g and source else {}),
             copies=defense.copies,
             combine=defense.combine,
             attack=str(registry.Spec(spec.name, spec.argument, options)),
             norm=norm,
             eps=config.eps_text(eps),
             view=str(self.view),
-            attacker=str(g.spec) if g else None,
+            attacker=str(g.spec) if g and not source else None,
             budget="custom" if custom else chosen.name,
             select=self.select,
             draws=self.draws,
@@ -182,7 +183,8 @@ class Cell:
         self.folder = Run(
             Path(s.out), self.identity, names,
             {"environment": environment(s.device, self.rows), "stochastic": self.stochastic, "nfe": defense.nfe,
-             "preflight": s.preflight, "noise": self._noise()},
+             "preflight": s.preflight, "noise": self._noise(),
+             "watched": self.attacker is defense and self.view.spec.name != "blind" and not self.package},
         )  # fmt: skip
 
     def _noise(self) -> str:

@@ -166,8 +166,8 @@ def _row(run: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
     robust = stats.accuracy(stats.mean_rule(adv == label[:, None]), draws)
     broken = np.array([r["broken_at"] for r in records]) >= 0
     # the any-iteration rule speaks of draws of the defense itself, seen in the loop of one attack
-    watched = run["stochastic"] and names["attack"] != WORST
-    watched = watched and identity["view"] != "blind" and not identity["attacker"]
+    seen = run.get("watched", identity["view"] != "blind" and not identity["attacker"])
+    watched = run["stochastic"] and names["attack"] != WORST and seen
     copies = "" if identity["copies"] == 1 else f" × {identity['copies']} ({identity['combine']})"
     notes = [] if run.get("preflight", True) else ["no preflight"]
     notes += [f"noise: {run['noise']}"] if run["stochastic"] and run.get("noise", "keyed") != "keyed" else []

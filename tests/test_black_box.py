@@ -161,7 +161,9 @@ def test_transfer_differentiates_its_source_and_asks_the_defense_nothing(tmp_pat
     import json
 
     identity = json.loads((by_transfer.folder / "run.json").read_text())["identity"]
-    assert identity["attacker"] == "identity:rounds=1" and "source=identity" in identity["attack"]
+    assert identity["attacker"] is None and "source=identity" in identity["attack"]
+    assert identity["weights"]["attack.source"] == "identity:rounds=1"
+    assert by_transfer.rows[0]["robust_any_iteration"] is None  # its loop never saw the defense
     assert cli.main(["plan", "--attack", "transfer:source=vaee"]) == cli.USAGE
 
 
