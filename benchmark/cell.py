@@ -136,8 +136,9 @@ class Cell:
         eps = config.radius(s.eps, norm, self.data.family)
         self.threat: ThreatModel = NORMS[norm](eps)
         custom = not untouched or (s.draws is not None and s.draws != chosen.draws)
-        source = getattr(self.attack, "source", None)  # an attack that transfers names its attacker itself
-        self.attacker, other, g = defense, source or s.attacker, None
+        named = getattr(self.attack, "source", None)  # an attack that transfers names its attacker itself
+        other = named or s.attacker
+        self.attacker, g = defense, None
         if other:
             roots = (Path(s.weights),) if s.weights else ()
             need = checkpoints.Need(self.data.form, norm, roots, s.offline, s.trust)
@@ -152,15 +153,15 @@ class Cell:
             classifier=described["classifier"],
             weights=described["weights"]
             | {f"attack.{k}": v for k, v in registry.source(spec).items()}
-            | ({f"attack{'.source' if source else 'er'}.{k}": v for k, v in g.weights.items()} if g else {})
-            | ({"attack.source": str(g.spec)} if g and source else {}),
+            | ({f"attack{'.source' if named else 'er'}.{k}": v for k, v in g.weights.items()} if g else {})
+            | ({"attack.source": str(g.spec)} if g and named else {}),
             copies=defense.copies,
             combine=defense.combine,
             attack=str(registry.Spec(spec.name, spec.argument, options)),
             norm=norm,
             eps=config.eps_text(eps),
             view=str(self.view),
-            attacker=str(g.spec) if g and not source else None,
+            attacker=str(g.spec) if g and not named else None,
             budget="custom" if custom else chosen.name,
             select=self.select,
             draws=self.draws,
@@ -366,6 +367,14 @@ class Cell:
         correct = (_classes(torch.stack(logits)) == y[:, None]).sum(-1)
         version = correct.argmin(0)
         return version, self._draws(candidates[version, torch.arange(len(y))], ids, "select", self.select)
+
+    def judged(self, candidates: Tensor, y: Tensor, ids: Tensor, draws: int) -> np.ndarray:
+        """The share of correct ``select`` draws per image, of the candidate that other draws found the strongest."""
+        version, _ = self._chosen(candidates, y, ids)
+        chosen = candidates[version, torch.arange(len(y))]
+        return (
+            (_classes(self._draws(chosen, ids, "select", draws, "judge")) == y[:, None]).double().mean(1).cpu().numpy()
+        )
 
     def _draws(self, x: Tensor, ids: Tensor, role: str, count: int, *site: str | int, control: bool = False) -> Tensor:
         """Logits of ``count`` keyed draws per image, shape (B, count, K), if asked each under a random perturbation."""

@@ -76,6 +76,13 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("others", nargs="+", metavar="OTHER", help="folders of runs; differences are OTHER - RUN")
     compare.add_argument("--json", action="store_true", help="one object per other run, as a list")
 
+    audit = _command(commands, "audit", _audit, "gradients held against each other, attacks against looking only")
+    audit.add_argument("paths", nargs="*", metavar="FOLDER", help="for black-box: folders with runs")
+    audit.add_argument("--only", choices=("gradients", "black-box"), help="gradients without folders, else black-box")
+    _what(audit)
+    audit.set_defaults(attack="pgd", n_examples=8)
+    audit.add_argument("--json", action="store_true", help="one object")
+
     tables = _command(commands, "tables", _tables, "make the generated tables of Markdown files anew")
     tables.add_argument("files", nargs="+", type=Path, metavar="FILE", help="with <!-- table: COMMAND --> blocks")
     tables.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is stale")
@@ -266,6 +273,23 @@ def _compare(arguments: argparse.Namespace) -> int:
     table = report.comparison(reference, find_runs(arguments.others))
     print(json.dumps(table, indent=2) + "\n" if arguments.json else report.render_comparison(table), end="")
     return DONE
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    from benchmark import audit
+    from benchmark.results import find_runs
+
+    if arguments.paths or arguments.only == "black-box":
+        if arguments.only == "gradients":
+            raise UsageError("--only gradients takes no folders: it builds the defense itself, with --purifier SPEC")
+        document = audit.black_box(find_runs(arguments.paths or ["results/run"]))
+    else:
+        document = {"gradients": [audit.gradients(cell) for cell in _cells(arguments)]}
+    if arguments.json:
+        print(json.dumps(document, indent=2))
+    else:
+        print(audit.render(document))
+    return FAILED if audit.failed(document) else DONE
 
 
 def _tables(arguments: argparse.Namespace) -> int:

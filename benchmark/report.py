@@ -37,7 +37,7 @@ def rows(runs: Iterable[dict[str, Any]], *, worst_case: bool = False) -> list[di
     runs = [r for r in runs if r["records"]]
     table = [_row(run, run["records"]) for run in runs]
     if worst_case:
-        for group in _groups(runs).values():
+        for group in groups(runs):
             if len(group) > 1:
                 table.append(_worst_row(group))
     return table
@@ -72,7 +72,7 @@ def compact(runs: Iterable[dict[str, Any]]) -> str:
     head += ["worst case % [95 %]", "random noise %"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     displays: dict[str, list[str]] = {}
-    for group in sorted(_groups(runs).values(), key=_order):
+    for group in sorted(groups(runs), key=_order):
         ids = set.intersection(*({r["id"] for r in run["records"]} for run in group))
         rows_of = {
             run["names"]["attack"]: _row(run, [r for r in run["records"] if r["id"] in ids]) for run in group if ids
@@ -150,7 +150,7 @@ def render_comparison(table: list[dict[str, Any]]) -> str:
         "|" + "---|" * 11,
     ]
     for r in table:
-        difference = f"{100 * r['difference']:+.1f} [{100 * r['low']:+.1f}, {100 * r['high']:+.1f}]"
+        difference = points(r["difference"], r["low"], r["high"])
         cells = [str(r[key]) for key in ("purifier", "classifier", "display", "view", "norm", "eps", "n")]
         cells += [_percent(r["robust"]), _percent(r["reference"]), difference, f"{r['p']:.4f}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -211,14 +211,15 @@ def _row(run: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
 WORST = "worst-case"
 
 
-def _groups(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
+def groups(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Runs that differ only in the attack, together."""
+    found: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         identity = dict(run["identity"])
         identity["weights"] = {k: v for k, v in identity["weights"].items() if not k.startswith("attack.")}
         key = json.dumps([identity[k] for k in CELL], sort_keys=True)
-        groups.setdefault(key, []).append(run)
-    return groups
+        found.setdefault(key, []).append(run)
+    return list(found.values())
 
 
 def _worst_row(group: list[dict[str, Any]]) -> dict[str, Any]:
@@ -302,6 +303,11 @@ def _markdown(table: list[dict[str, Any]], specs: Sequence[str] = ()) -> str:
 
 def _with_interval(row: dict[str, Any], key: str) -> str:
     return f"{_percent(row[key])} [{_percent(row[f'{key}_low'])}, {_percent(row[f'{key}_high'])}]"
+
+
+def points(difference: float, low: float, high: float) -> str:
+    """A difference of accuracies with its interval, in percentage points."""
+    return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 def _two_digits(value: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -74,11 +74,13 @@ def accuracy(shares: np.ndarray, draws: int, confidence: float = 0.95) -> Interv
     return Interval(m, max(0.0, min(centre - half, m)), min(1.0, max(centre + half, m)))
 
 
-def compare(a: np.ndarray, b: np.ndarray, *, resamples: int = 10_000, seed: int = 0) -> Comparison:
+def compare(
+    a: np.ndarray, b: np.ndarray, *, one_sided: bool = False, resamples: int = 10_000, seed: int = 0
+) -> Comparison:
     """The paired difference of two defenses, attacks or views on the same images.
 
     d_i = p_A,i - p_B,i; the interval is the 2.5 and 97.5 percentile over resampled images, p the share of random sign
-    flips of d that give a mean at least as far from zero (two-sided, the observed one counted in).
+    flips of d that give a mean at least as far from zero (the observed one counted in), one-sided at least as high.
 
     Raises:
         ValueError: if the images aren't the same in number.
@@ -89,9 +91,31 @@ def compare(a: np.ndarray, b: np.ndarray, *, resamples: int = 10_000, seed: int 
     rng = np.random.default_rng(seed)
     means = _resampled(d, resamples, lambda size: d[rng.integers(0, len(d), (size, len(d)))])
     flipped = _resampled(d, resamples, lambda size: d * rng.choice((-1.0, 1.0), (size, len(d))))
-    p = (1 + int((np.abs(flipped) >= abs(d.mean()) - 1e-12).sum())) / (1 + resamples)
+    as_far = flipped >= d.mean() - 1e-12 if one_sided else np.abs(flipped) >= abs(d.mean()) - 1e-12
+    p = (1 + int(as_far.sum())) / (1 + resamples)
     low, high = np.percentile(means, (2.5, 97.5))
     return Comparison(float(d.mean()), float(low), float(high), p)
+
+
+def detectable(a: np.ndarray, b: np.ndarray, *, level: float = 0.05, power: float = 0.8) -> float:
+    """The true difference that a one-sided paired test would notice: (z_{1-level} + z_power) sd(p_A - p_B) / sqrt(n).
+
+    A difference below it may exist unseen. With one image it is infinite.
+    """
+    d = np.asarray(a, float) - np.asarray(b, float)
+    if len(d) < 2:
+        return float("inf")
+    z = scipy_stats.norm.ppf(1 - level) + scipy_stats.norm.ppf(power)
+    return float(z * d.std(ddof=1) / np.sqrt(len(d)))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's correction for m tests: the k-th smallest p-value times m - k + 1, never falling, at most 1."""
+    adjusted, highest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(np.argsort(p, kind="stable")):
+        highest = max(highest, min(1.0, p[i] * (len(p) - rank)))
+        adjusted[i] = highest
+    return adjusted
 
 
 def _resampled(d: np.ndarray, resamples: int, draw: Callable[[int], np.ndarray]) -> np.ndarray:

@@ -177,7 +177,8 @@ class ReadsTheCoin(Classifier):
 
 NULL_ATTACKS = [
     "pgd:steps=2,eot=2,step=0.3", "apgd:steps=2,eot=2", "autoattack:steps=2,eot=2", "square:queries=12,eot=2,refresh=6",
-    "diffattack:steps=2,eot=2,step=0.5", "lf:steps=2,eot=2,block=2,step=0.7", "transfer:steps=2,eot=2,step=0.9", "uniform:queries=6,eot=2",
+    "diffattack:steps=2,eot=2,step=0.5", "lf:steps=2,eot=2,block=2,step=0.7", "transfer:steps=2,eot=2,step=0.9",
+    "uniform:queries=6,eot=2",
 ]  # fmt: skip
 IN_LOOP = {"pgd": 4, "apgd": 6, "autoattack": 12, "diffattack": 4, "lf": 4}
 """Draws that an attack looks at once each, in the loop."""

@@ -1,0 +1,199 @@
+"""Whether an attack could have known better: gradients held against each other, white-box against black-box attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attacks import NotApplicable, Victim
+from attacks._gradient import ce
+from benchmark import registry, report, stats
+from benchmark.preflight import Check, finite_difference_error
+from benchmark.views import View
+from purifiers import Tape
+
+if TYPE_CHECKING:
+    from benchmark.cell import Cell
+
+JUDGES = 16
+"""Draws that judge each view's images in an audit."""
+
+
+def views(cell: Cell) -> list[str]:
+    """Every view that a purifier may have; whether it has it shows when it is asked."""
+    offered = getattr(cell.defense.purifier, "surrogates", ())
+    return ["exact", *(f"surrogate:gradient={name}" for name in offered), "adjoint", "bpda", "blind"]
+
+
+def gradients(cell: Cell) -> dict[str, Any]:
+    """Every view's gradient against the exact one, under one tape, and what an attack makes of it.
+
+    Per view: the cosine between its gradient of the cross-entropy and the exact one, mean and smallest over images; the
+    median ratio of their norms; the robust accuracy that the cell's attack reaches with it, on fresh draws, and its
+    paired difference to the exact view. Then the exact gradient against finite differences, in float64.
+
+    Returns:
+        {"defense", "n", "draws", "rows": one dict per view, "checks": ``Check`` as dicts}
+    """
+    n = cell.n
+    x, y = cell.data.images(slice(0, n)).to(cell.device), cell.data.labels[:n].to(cell.device)
+    ids = cell.data.ids[:n]
+    draws = JUDGES if cell.stochastic else 1
+    rows: list[dict[str, Any]] = []
+    exact: Tensor | None = None
+    reference: np.ndarray | None = None
+    for name in views(cell):
+        view = View(name)(keep=1)
+        victim = Victim(
+            cell.defense, view, Tape(cell.settings.seed, "attack", ids), rows=cell.rows, stochastic=cell.stochastic
+        )
+        try:
+            gradient = victim.evaluate(x, y, ce, "audit", eot=1).gradient.flatten(1).double()
+            found = cell.attack.perturb(x, y, victim, cell.threat)
+        except NotApplicable as missing:
+            rows.append({"view": name, "status": "n/a", "why": str(missing)})
+            continue
+        exact = gradient if exact is None else exact
+        cosine = torch.nn.functional.cosine_similarity(gradient, exact)
+        ratio = gradient.norm(dim=1) / exact.norm(dim=1)
+        right = cell.judged(found.candidates, y, ids, draws)
+        reference = right if reference is None else reference
+        difference = stats.compare(right, reference)
+        rows.append(
+            {
+                "view": name, "status": "pass", "cosine": float(cosine.mean()), "cosine_low": float(cosine.min()),
+                "norm_ratio": float(ratio.nanmedian()), "robust": float(right.mean()),
+                "difference": difference.difference, "low": difference.low, "high": difference.high,
+            }
+        )  # fmt: skip
+    tape = Tape(cell.settings.seed, "preflight", ids[:2])
+    error = finite_difference_error(
+        lambda module, z: ce(module(z, tape, View("exact")(keep=1)), y[:2]), cell.defense, x[:2].double()
+    )
+    stronger = [r["view"] for r in rows if r["status"] == "pass" and r["view"] != "exact" and r["high"] < 0]
+    checks = [
+        Check("finite-differences", "pass" if error <= 1e-2 else "fail", error, 1e-2,
+              "the exact view isn't the gradient of the defense: look for detach, no_grad or a custom backward"),
+        Check("exact-is-strongest", "fail" if stronger else "pass", ", ".join(stronger), "no view beats exact",
+              "a weaker view finds more: the exact gradient is masked or vanishes; attack with that view, too"),
+    ]  # fmt: skip
+    return {"defense": str(cell), "n": n, "draws": draws, "rows": rows, "checks": [c._asdict() for c in checks]}
+
+
+def _render_gradients(found: dict[str, Any]) -> str:
+    """The audit of gradients as Markdown."""
+    lines = [
+        f"{found['defense']}; judged by {found['draws']} fresh draws",
+        "",
+        "| view | cosine with exact: mean (min) | norm / exact | robust % | difference to exact [95 %] |",
+        "|---|---|---|---|---|",
+    ]
+    for r in found["rows"]:
+        if r["status"] == "n/a":
+            lines.append(f"| {r['view']} | not applicable: {r['why']} | – | – | – |")
+            continue
+        difference = "–" if r["view"] == "exact" else report.points(r["difference"], r["low"], r["high"])
+        lines.append(
+            f"| {r['view']} | {r['cosine']:.3f} ({r['cosine_low']:.3f}) | {r['norm_ratio']:.3g} | "
+            f"{100 * r['robust']:.1f} | {difference} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def black_box(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """White-box against black-box attacks on one defense, paired over their images: none may be weaker.
+
+    One-sided: p is the probability, were both equally strong, of a robust accuracy as much higher under the white-box
+    attack as the one seen (sign flips). The minimum detectable difference is the true difference that such a test at
+    5 % would notice in four of five cases: (z_0.95 + z_0.80) sd(d) / sqrt(n).
+
+    Returns:
+        {"pairs": one dict per white-box and black-box attack, "checks": ``Check`` as dicts}
+    """
+    pairs: list[dict[str, Any]] = []
+    for group in report.groups([r for r in runs if r["records"]]):
+        white = [r for r in group if r["identity"]["view"] == "exact" and _gradients(r)]
+        black = [r for r in group if _black(r)]
+        for w in white:
+            for b in black:
+                ids = {r["id"] for r in w["records"]} & {r["id"] for r in b["records"]}
+                theirs, ours = (report.shares([r for r in one["records"] if r["id"] in ids]) for one in (w, b))
+                if not ids:
+                    continue
+                compared = stats.compare(theirs, ours, one_sided=True)
+                names = w["names"]
+                pairs.append(
+                    {
+                        "purifier": names["purifier"], "classifier": names["classifier"],
+                        "norm": w["identity"]["norm"], "eps": w["identity"]["eps"], "n": len(ids),
+                        "white_box": names["display"], "black_box": b["names"]["display"],
+                        "white": float(theirs.mean()), "black": float(ours.mean()),
+                        "difference": compared.difference, "low": compared.low, "high": compared.high, "p": compared.p,
+                        "detectable": stats.detectable(theirs, ours),
+                    }
+                )  # fmt: skip
+    weaker = [
+        f"{p['white_box']} than {p['black_box']} on {p['purifier']} + {p['classifier']}"
+        for p, corrected in zip(pairs, stats.holm([pair["p"] for pair in pairs]), strict=True)
+        if corrected < 0.05
+    ]
+    check = Check(
+        "white-box-beats-black-box", "fail" if weaker else "pass" if pairs else "n/a", "; ".join(weaker),
+        "no white-box attack weaker at 5 %, Holm-corrected",
+        "gradients find less than looking does: they are masked; try other losses, targets and views",
+    )  # fmt: skip
+    return {"pairs": pairs, "checks": [check._asdict()]}
+
+
+def failed(document: dict[str, Any]) -> bool:
+    """Whether a check of an audit failed."""
+    return any(c["status"] == "fail" for part in document.get("gradients", [document]) for c in part["checks"])
+
+
+def render(document: dict[str, Any]) -> str:
+    """An audit as Markdown: a table and its checks, per defense where gradients are compared."""
+    if "gradients" in document:
+        return "\n".join(_render_gradients(part) + _render_checks(part["checks"]) for part in document["gradients"])
+    return _render_black_box(document["pairs"]) + _render_checks(document["checks"])
+
+
+def _render_checks(checks: Sequence[dict[str, Any]]) -> str:
+    lines = [""]
+    for c in checks:
+        value = f"{c['value']:.2g}" if isinstance(c["value"], float) else c["value"]
+        advice = f": {c['advice']}" if c["status"] == "fail" else ""
+        lines.append(f"- {c['id']}: **{c['status']}**{f' ({value})' if value else ''}{advice}")
+    return "\n".join(lines) + "\n"
+
+
+def _render_black_box(pairs: Sequence[dict[str, Any]]) -> str:
+    """The audit of attacks as Markdown, in points."""
+    lines = [
+        "| purifier | classifier | white-box attack | black-box attack | norm | eps | n | white % | black % | "
+        "difference [95 %] | p (white weaker) | detectable |",
+        "|" + "---|" * 12,
+    ]
+    for p in pairs:
+        cells = [str(p[k]) for k in ("purifier", "classifier", "white_box", "black_box", "norm", "eps", "n")]
+        cells += [f"{100 * p[k]:.1f}" for k in ("white", "black")]
+        cells += [report.points(p["difference"], p["low"], p["high"]), f"{p['p']:.4f}", f"{100 * p['detectable']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _black(run: dict[str, Any]) -> bool:
+    return _component(run).black_box and _component(run).__name__ != "Identity"
+
+
+def _gradients(run: dict[str, Any]) -> bool:
+    """A white-box attack that aims at the label with gradients of the whole defense."""
+    return not _component(run).black_box and not run["identity"]["attacker"]
+
+
+def _component(run: dict[str, Any]) -> Any:
+    spec = registry.parse(run["identity"]["attack"])
+    return registry.load("attacks", spec.name, spec.argument)
