@@ -50,6 +50,8 @@ class Attack(ABC):
     """The threat models it can search, the first the default."""
     black_box: ClassVar[bool] = False
     """Whether it only looks at outputs: no white-box attack may be weaker."""
+    restricted: ClassVar[bool] = False
+    """Whether it searches only a part of the threat model, or for another goal than a wrong label."""
 
     @abstractmethod
     def display(self, stochastic: bool) -> str:

@@ -27,6 +27,8 @@ class Encoder(PGD):
         NotApplicable: for a purifier without stages, or under a view that doesn't differentiate them.
     """
 
+    restricted = True
+
     def display(self, stochastic: bool) -> str:
         return super().display(stochastic).replace(f"PGD-{self.loss_name.upper()}", "encoder PGD")
 

@@ -24,6 +24,8 @@ class LF(PGD):
     Reference: Guo et al. 2018 (arXiv 1809.08758), of low frequencies; here inside the ball and by gradients.
     """
 
+    restricted = True
+
     def __init__(self, *, block: int = 4, **pgd: Any):
         super().__init__(**pgd)
         if block < 1:

@@ -45,7 +45,7 @@ def searching(cases: list[str]) -> list:
 OURS = [text for text in ATTACKS if small(text).package(True) is None]
 AIMING = [
     text for text in ATTACKS
-    if not component_of(text).black_box and registry.parse(text).name not in ("lf", "encoder", "stadv")
+    if not component_of(text).black_box and not component_of(text).restricted
 ]  # fmt: skip
 """White-box attacks that may change every pixel, and that aim at the label: they reach a linear model's optimum."""
 IN_BALLS = [case for case in searching(AIMING) if case.values[1] != "StAdv"]
