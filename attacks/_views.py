@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from attacks._adjoint import Adjoint
+
 View = Callable[[nn.Module, Tensor, Any], Tensor]
 
 
@@ -149,7 +151,13 @@ def _spliced(exact: Any, approximate: Any) -> Any:
     return exact
 
 
-VIEWS: dict[str, Callable[..., View]] = {"exact": Exact, "bpda": BPDA, "blind": Blind, "surrogate": Surrogate}
+VIEWS: dict[str, Callable[..., View]] = {
+    "exact": Exact,
+    "bpda": BPDA,
+    "blind": Blind,
+    "surrogate": Surrogate,
+    "adjoint": Adjoint,
+}
 
 
 def stages(purifier: nn.Module) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attacks._gradient import Evaluation, Victim
-from attacks._views import Watched
+from attacks._views import NotApplicable, Watched
 from attacks.pgd import PGD
 
 
@@ -27,6 +27,7 @@ class DiffAttack(PGD):
 
     Raises:
         ValueError: as ``pgd``, and if the weight is negative.
+        NotApplicable: under a view that doesn't differentiate the purifier's states.
 
     Reference: Kang et al. 2023 (arXiv 2311.00124), section 3.1.
     """
@@ -69,10 +70,10 @@ class _Path:
             self._add(2 * output, 2 * self.x)  # in [-1, 1], as the states are
 
     def deviation(self, logits: Tensor) -> Tensor:
-        """The mean squared deviation per row of logits; a row's purified copies are averaged, none seen is none."""
+        """The mean squared deviation per row of logits; a row's purified copies are averaged."""
         strayed, self.strayed = self.strayed, []
-        if not strayed:
-            return logits.new_zeros(len(logits))
+        if not any(s.requires_grad for s in strayed):
+            raise NotApplicable("diffattack needs a view that differentiates the purifier's states: exact, surrogate")
         return torch.stack(strayed).mean(0).unflatten(0, (len(logits), -1)).mean(1)
 
     def _add(self, state: Tensor, expected: Tensor) -> None:

@@ -263,10 +263,13 @@ class Cell:
         if not self.settings.preflight:
             return
         few = slice(0, min(8, len(self.data)))
-        checks = preflight(
-            self.defense, self.view(keep=1), self.data.images(few).to(self.device),
-            self.data.labels[few].to(self.device), self.data.ids[few], seed=self.settings.seed, rows=32,
-        )  # fmt: skip
+        try:
+            checks = preflight(
+                self.defense, self.view(keep=1), self.data.images(few).to(self.device),
+                self.data.labels[few].to(self.device), self.data.ids[few], seed=self.settings.seed, rows=32,
+            )  # fmt: skip
+        except NotApplicable as error:
+            raise UsageError(f"{self}: {error}") from error
         if (expected := getattr(self.defense, "accuracy", None)) is not None:
             few = slice(0, min(KNOWN, len(self.data)))
             x, y = self.data.images(few).to(self.device), self.data.labels[few].to(self.device)

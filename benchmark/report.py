@@ -61,11 +61,17 @@ def render(table: list[dict[str, Any]], form: str, runs: Sequence[dict[str, Any]
 
 
 def compact(runs: Iterable[dict[str, Any]]) -> str:
-    """A Markdown line per defense and radius, over the images that all its attacks have.
+    """A Markdown line per defense and radius, over the images that all its attacks have, a table per threat model.
 
     Clean accuracy, each attack beside the other, and their worst case where both attacks of the headline are there.
     """
     runs = [r for r in runs if r["records"]]
+    norms = sorted({run["identity"]["norm"] for run in runs})
+    return "\n".join(_compact([run for run in runs if run["identity"]["norm"] == norm]) for norm in norms)
+
+
+def _compact(runs: list[dict[str, Any]]) -> str:
+    """``compact`` of one threat model."""
     used = {run["names"]["attack"] for run in runs}
     attacks = sorted(used, key=lambda a: (_base(a) not in HEADLINE, _base(a) != HEADLINE[0], a))
     head = [*"purifier classifier norm eps n draws".split(), "clean % [95 %]", *(f"{a} %" for a in attacks)]
@@ -264,9 +270,31 @@ def _predicted(records: list[dict[str, Any]], key: str) -> np.ndarray:
 
 
 def _markdown(table: list[dict[str, Any]], specs: Sequence[str] = ()) -> str:
-    """A table to read: accuracies in percent with their 95 % intervals."""
+    """Tables to read, one per threat model: accuracies in percent with their 95 % intervals."""
     if not table:
         return "no finished example yet\n"
+    norms = list(dict.fromkeys(r["norm"] for r in table))
+    lines = []
+    for norm in norms:
+        lines += [f"**{norm}**", ""] if len(norms) > 1 else []
+        lines += [*_lines([r for r in table if r["norm"] == norm]), ""]
+    datasets, seeds = sorted({r["dataset"] for r in table}), sorted({str(r["seed"]) for r in table})
+    budgets = sorted({r["budget"] for r in table})
+    foreknown = any("knows the verdict" in r["display"] for r in table)
+    lines += [
+        f"{', '.join(datasets)}; budget {', '.join(budgets)}; seed {', '.join(seeds)}. Accuracy is the mean over fresh "
+        f"verdict draws that no attack saw{', unless its row says so' if foreknown else ''}; clean accuracy stands "
+        "under the same rule. Intervals are 95 % Wilson over "
+        "images and draws, and say nothing about training seeds. Any iteration: no draw in the attack's loop was ever "
+        "wrong; its null floor is what that rule reads at x itself. s/image is wall time; draws at x "
+        "are shared between the attacks of a defense.",
+        *([f"{'; '.join(specs)}."] if specs else []),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _lines(table: list[dict[str, Any]]) -> list[str]:
+    """One Markdown table, head and rows."""
     head = (
         "purifier | classifier | attack | view | norm | eps | n | draws | clean % [95 %] | robust % [95 %] | "
         "majority clean / robust | worst draw clean / robust | "
@@ -287,18 +315,7 @@ def _markdown(table: list[dict[str, Any]], specs: Sequence[str] = ()) -> str:
             any_iteration, _percent(r["random_control"]), str(r["nfe"]), seconds,
         ]  # fmt: skip
         lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
-    datasets, seeds = sorted({r["dataset"] for r in table}), sorted({str(r["seed"]) for r in table})
-    budgets = sorted({r["budget"] for r in table})
-    lines += [
-        "",
-        f"{', '.join(datasets)}; budget {', '.join(budgets)}; seed {', '.join(seeds)}. Accuracy is the mean over fresh "
-        "verdict draws that no attack saw; clean accuracy stands under the same rule. Intervals are 95 % Wilson over "
-        "images and draws, and say nothing about training seeds. Any iteration: no draw in the attack's loop was ever "
-        "wrong; its null floor is what that rule reads at x itself. s/image is wall time; draws at x "
-        "are shared between the attacks of a defense.",
-        *([f"{'; '.join(specs)}."] if specs else []),
-    ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _with_interval(row: dict[str, Any], key: str) -> str:

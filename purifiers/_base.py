@@ -26,6 +26,22 @@ class Batch(NamedTuple):
     y: Tensor
 
 
+class SDE(NamedTuple):
+    """dz = drift(z, t) dτ + diffusion(t) dW as t falls: what a purifier's steps integrate by Euler-Maruyama.
+
+    Step k leads from times[k] to times[k + 1], and dW = sqrt(times[k] - times[k + 1]) · noise.normal("reverse", k).
+
+    Attributes:
+        drift: (z, t) → the drift, of the shape of the state z.
+        diffusion: t → the diffusion coefficient.
+        times: steps + 1 times, strictly decreasing.
+    """
+
+    drift: Callable[[Tensor, float], Tensor]
+    diffusion: Callable[[float], float]
+    times: list[float]
+
+
 def plain(stage: Callable[..., Any], *inputs: Any) -> Any:
     """Run a stage of a purification as it stands; an attacker may pass a way that recomputes it instead."""
     return stage(*inputs)
@@ -95,6 +111,10 @@ class Purifier(nn.Module):
 
     def diffused(self, k: int, x: Images, noise: Noise) -> State | None:
         """The state that stands for x itself after k steps, under the same noise; None if there is no such path."""
+        return None
+
+    def sde(self) -> SDE | None:
+        """The stochastic differential equation that the steps integrate; None if they do something else."""
         return None
 
     def surrogate(self, name: str) -> Purifier:

@@ -53,7 +53,7 @@ class Denoiser:
         if isinstance(t, Tensor):
             label = t
         elif self.labels == "index":
-            label = torch.full((len(z),), self.schedule.index(t), device=z.device)
+            label = torch.full((len(z),), max(self.schedule.index(t), 0), device=z.device)
         else:
             label = torch.full((len(z),), (self.schedule.n - 1) * t, device=z.device, dtype=z.dtype)
         channels = z.shape[1]

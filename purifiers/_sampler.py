@@ -34,16 +34,28 @@ def eta_rule(
     return z + s * noise.normal("reverse", k, like=z) if s > 0 else z
 
 
-def euler_maruyama(denoiser: Denoiser, z: Tensor, t: float, t_next: float, k: int, noise: Noise) -> Tensor:
-    """The reverse VP-SDE, coefficients at the noisy end of the step, Δ = t - t_next > 0.
-
-    z' = z + (½ β(t) z + β(t) s(z, t)) Δ + sqrt(β(t) Δ) ξ
+def reverse_drift(denoiser: Denoiser, z: Tensor, t: float) -> Tensor:
+    """f = ½ β(t) z + β(t) s(z, t), in dz = f dτ + g dW as t falls: dτ = -dt > 0.
 
     Reference: Song et al. 2021 (arXiv 2011.13456), eq. 6; Nie et al. 2022 (arXiv 2205.07460), eq. 6.
     """
-    beta, delta = denoiser.schedule.beta(t), t - t_next
-    drift = 0.5 * beta * z + beta * denoiser.score(z, t)
-    return z + drift * delta + math.sqrt(beta * delta) * noise.normal("reverse", k, like=z)
+    beta = denoiser.schedule.beta(t)
+    return 0.5 * beta * z + beta * denoiser.score(z, t)
+
+
+def diffusion(denoiser: Denoiser, t: float, delta: float = 1.0) -> float:
+    """g sqrt(Δ) = sqrt(β(t) Δ), the deviation of what a time Δ adds; over a unit of time g itself."""
+    return math.sqrt(denoiser.schedule.beta(t) * delta)
+
+
+def euler_maruyama(denoiser: Denoiser, z: Tensor, t: float, t_next: float, k: int, noise: Noise) -> Tensor:
+    """The reverse VP-SDE, coefficients at the noisy end of the step, Δ = t - t_next > 0.
+
+    z' = z + f(z, t) Δ + g(t) sqrt(Δ) ξ, with f = ``reverse_drift`` and g = ``diffusion``
+    """
+    delta = t - t_next
+    drift = reverse_drift(denoiser, z, t)
+    return z + drift * delta + diffusion(denoiser, t, delta) * noise.normal("reverse", k, like=z)
 
 
 def probability_flow(denoiser: Denoiser, z: Tensor, t: float, t_next: float, k: int, noise: Noise) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Size, Tensor, nn
 
 from purifiers import _objectives, _sampler
-from purifiers._base import Batch, Images, Purifier
+from purifiers._base import SDE, Batch, Images, Purifier
 from purifiers._denoiser import Denoiser, resize
 from purifiers._noise import Noise
 from purifiers._schedule import VP
@@ -81,6 +81,12 @@ class DiffPure(Purifier):
 
     def diffused(self, k: int, x: Images, noise: Noise) -> Tensor:
         return _sampler.diffuse(self.denoiser.fit(2 * x - 1), self.denoiser.alpha_bar(self.times[k]), noise)
+
+    def sde(self) -> SDE | None:
+        if self.rule is not _sampler.euler_maruyama:
+            return None
+        drift, diffusion = _sampler.reverse_drift, _sampler.diffusion
+        return SDE(partial(drift, self.denoiser), partial(diffusion, self.denoiser), self.times)
 
     def objectives(
         self, batch: Batch, noise: Noise, *, focus: float = 0.0, focus_below: float = 1.0

@@ -635,3 +635,46 @@ def test_few_classes(classes, tmp_path):
     else:
         result = evaluate(defense, attack="autoattack", **settings)
         assert result.rows[0]["robust"] == 0
+
+
+# What an attacker may know
+
+
+def test_an_attacker_who_knows_the_draws_that_judge_finds_more_and_is_marked(tmp_path):
+    """Under much noise the known draws are an easy prey, fresh ones are not: x moves against nine known samples."""
+    w = Tape(3, "images", torch.arange(10)).normal("w", like=torch.empty(10, 64))
+    model, x = Linear10(w / 8), torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    y = model(x).argmax(1)
+    rows, records = {}, {}
+    for view in ("exact", "exact:noise=verdict"):
+        result = evaluate(Defense(Grain(), model), (x, y), "pgd:steps=20", view=view, eps="1/32", n=64, out=tmp_path,
+                          budget="quick", quiet=True)  # fmt: skip
+        rows[view], records[view] = result.rows[0], result.records
+    known, fresh = rows["exact:noise=verdict"], rows["exact"]
+    assert known["display"] == "PGD-CE (20 it, EOT 9) [knows the verdict's draws]" and known["draws"] == 9
+    assert known["view"] == "exact:noise=verdict" and "unless its row says so" in report.render([known], "md")
+    assert known["robust"] < fresh["robust"] - 0.02
+    # on draws that it didn't know it is no better than an attack without the knowledge
+    select = [np.mean([report.shares(r, "select").mean()]) for r in (records["exact:noise=verdict"], records["exact"])]
+    assert select[0] > known["robust"] + 0.02 and abs(select[0] - select[1]) < 0.05
+    with pytest.raises(UsageError, match="draws its own noise"):
+        evaluate(Defense(Grain(), model), (x, y), "autoattack:backend=pyautoattack", view="exact:noise=verdict",
+                 eps="1/32", n=4, out=tmp_path, quiet=True)  # fmt: skip
+
+
+class Grain(OneStage):
+    """Noise as strong as the image."""
+
+    def clean(self, x: Tensor, noise: Noise) -> Tensor:
+        return x + noise.normal("grain", like=x)
+
+
+class Linear10(Classifier):
+    """Ten classes, linear."""
+
+    def __init__(self, w: Tensor):
+        super().__init__()
+        self.register_buffer("w", w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - 0.5).flatten(1) @ self.w.T
