@@ -8,9 +8,9 @@ from attacks._gradient import LOSSES
 
 
 class APGD(Ensemble):
-    """Auto-PGD by restarts, or, with ``targets``, a run at each of the likeliest other classes; each is a candidate.
+    """Auto-PGD, untargeted by restarts or, with ``targets``, at each of the likeliest other classes.
 
-    See ``attacks._autopgd`` for one run.
+    Every run leaves a candidate. See ``attacks._autopgd`` for one run.
 
     Args:
         steps: iterations of a run.

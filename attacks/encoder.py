@@ -14,10 +14,10 @@ from attacks.pgd import PGD
 
 
 class Encoder(PGD):
-    """PGD on ‖e(x') - e(x)‖² / d, with e the purifier's first stage under one noise; then the whole defense is judged.
+    """PGD on ‖e(x') - e(x)‖² / d, with e the purifier's first stage; then the whole defense is judged.
 
-    e is what a codec encodes, or a diffusion's first state. Labels and the classifier play no part in the search, so
-    what is lost here is lost by the encoder.
+    The noise of both is the same. e is what a codec encodes, or a diffusion's first state. Labels and the classifier
+    play no part in the search, so what is lost here is lost by the encoder.
 
     Args:
         steps, eot, step, step_size, restarts, random_start, iterate, sign: as for ``pgd``; ``loss`` isn't used.

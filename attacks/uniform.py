@@ -10,10 +10,10 @@ from attacks._threat import ThreatModel
 
 
 class Uniform(RandomSearch):
-    """x_adv = the best of ``queries`` random perturbations of full radius: random signs in Linf, directions
-    in L2.
+    """x_adv = the best of ``queries`` random perturbations of full radius.
 
-    The control that every attack must beat: what noise alone does to a defense.
+    Random signs in Linf, random directions in L2, flows of random signs: the control that every attack
+    must beat, what noise alone does to a defense.
 
     Args:
         queries, eot, refresh: as for every random search.

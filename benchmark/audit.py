@@ -112,7 +112,8 @@ def black_box(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
     5 % would notice in four of five cases: (z_0.95 + z_0.80) sd(d) / sqrt(n).
 
     Returns:
-        {"pairs": one dict per white-box and black-box attack, "checks": ``Check`` as dicts}
+        {"pairs": one dict per white-box and black-box attack, "checks": ``Check`` as dicts}. An attack that is
+        restricted to a part of the ball or to another goal stands in the pairs and fails no check.
     """
     pairs: list[dict[str, Any]] = []
     for group in report.groups([r for r in runs if r["records"]]):
@@ -133,17 +134,17 @@ def black_box(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
                         "white_box": names["display"], "black_box": b["names"]["display"],
                         "white": float(theirs.mean()), "black": float(ours.mean()),
                         "difference": compared.difference, "low": compared.low, "high": compared.high, "p": compared.p,
-                        "detectable": stats.detectable(theirs, ours),
+                        "detectable": stats.detectable(theirs, ours), "restricted": _component(w).restricted,
                     }
                 )  # fmt: skip
     weaker = [
         f"{p['white_box']} than {p['black_box']} on {p['purifier']} + {p['classifier']}"
         for p, corrected in zip(pairs, stats.holm([pair["p"] for pair in pairs]), strict=True)
-        if corrected < 0.05
+        if corrected < 0.05 and not p["restricted"]
     ]
     check = Check(
         "white-box-beats-black-box", "fail" if weaker else "pass" if pairs else "n/a", "; ".join(weaker),
-        "no white-box attack weaker at 5 %, Holm-corrected",
+        "no white-box attack on the label and the whole ball is weaker at 5 %, Holm-corrected",
         "gradients find less than looking does: they are masked; try other losses, targets and views",
     )  # fmt: skip
     return {"pairs": pairs, "checks": [check._asdict()]}
@@ -190,7 +191,7 @@ def _black(run: dict[str, Any]) -> bool:
 
 
 def _gradients(run: dict[str, Any]) -> bool:
-    """A white-box attack that aims at the label with gradients of the whole defense."""
+    """A white-box attack: gradients of the defense itself."""
     return not _component(run).black_box and not run["identity"]["attacker"]
 
 

@@ -354,6 +354,7 @@ def _describe(kind: str, name: str, card: dict[str, Any]) -> dict[str, Any]:
     component = registry.load(kind, card.get("component", name))
     options = registry.resolve(component, registry.Spec(name), card.get("options"))
     about = (component.__doc__ or "").strip().split("\n")[0]
+    name += f":{component.argument}" if hasattr(component, "argument") else ""
     entry = {"name": name, "about": about, "options": {k: registry.show(v) for k, v in options.items()}}
     return entry if kind == "attacks" else entry | {"weights": bool(card.get("files"))}
 

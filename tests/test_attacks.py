@@ -8,6 +8,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from attacks import NORMS, VIEWS, Attack, AttackError, Victim
 from benchmark import registry
@@ -15,7 +18,7 @@ from purifiers import Defense, Tape
 from tests.conftest import SHAPE, Linear, classifier, images, undefended
 
 EPS = {"Linf": Fraction(16, 255), "L2": Fraction(3, 5), "StAdv": Fraction(1, 5)}
-SMALL = {"steps": 10, "eot": 2, "queries": 12}
+SMALL = {"steps": 10, "eot": 2, "queries": 12, "samples": 3}
 VARIANTS = [
     "pgd:iterate=best,restarts=2", "pgd:sign=true,step_size=0.01", "apgd:targets=2", "apgd:loss=dlr,restarts=2",
     "autoattack:version=standard,backend=native", "autoattack:version=rand,backend=pyautoattack",
@@ -107,6 +110,24 @@ def test_an_attack_on_a_stochastic_defense_stays_inside_and_leaves_no_trace(name
     else:
         assert 0 <= found.backwards <= found.forwards <= attack.evaluations(True) + 1
     assert ((-1 <= found.broken_at) & (found.broken_at < max(attack.evaluations(True), 1))).all()
+
+
+@given(
+    case=st.sampled_from([case.values for case in searching(ATTACKS)]),
+    eps=st.fractions(0, 1, max_denominator=255),
+    x=hnp.arrays(np.float32, (2, 1, 6, 6), elements=st.sampled_from([0.0, 1e-30, 8 / 255, 0.5, 1 - 8 / 255, 1.0])),
+)
+@settings(max_examples=60)
+def test_no_example_leaves_its_threat_model(case, eps, x):
+    """Any radius, pixels at the rim of the box, any attack: without a tolerance, by the threat model's own distance."""
+    name, norm = case
+    x, threat = torch.from_numpy(np.float32(x)), NORMS[norm](eps)
+    model = Linear(Tape(3, "images", torch.arange(10)).normal("w", like=torch.empty(10, 36)), torch.zeros(10))
+    found = small(name, steps=2).perturb(x, model(x).argmax(1), victim_of(undefended(model), torch.arange(2)), threat)
+    assert (found.distances <= threat.bound).all() and found.distances.dtype == torch.float64
+    for candidate in found.candidates:
+        assert candidate.isfinite().all() and 0 <= candidate.min() and candidate.max() <= 1
+        assert norm == "StAdv" or (threat.distance(candidate, x) <= threat.bound).all()
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -255,7 +276,8 @@ def test_attack_options_out_of_range_are_errors(name):
     component = component_of(name)
     wrong = {
         "steps": 0, "eot": 0, "loss": "mse", "restarts": 0, "step": 0.0, "step_size": -0.1, "queries": 0, "share": 0.0,
-        "block": 0, "targets": -1, "iterate": "first", "version": "custom", "backend": "torchattacks", "weight": -1.0,
+        "block": 0, "targets": -1, "iterate": "first", "version": "custom", "backend": "torchattacks",
+        "weight": -1.0, "samples": 0, "delta": 0.0,
     }  # fmt: skip
     if component.__name__.startswith("TorchAttacks"):
         return  # the package's own affair

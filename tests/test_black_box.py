@@ -11,6 +11,7 @@ from attacks import NORMS, VIEWS, Victim
 from attacks._gradient import margin
 from attacks.lf import LF
 from attacks.pgd import PGD
+from attacks.spsa import SPSA
 from attacks.square import Square, _peaks, _squares
 from attacks.uniform import Uniform
 from benchmark import cli, evaluate
@@ -146,6 +147,37 @@ def test_lf_reaches_the_optimum_among_block_perturbations():
     block = sums.sign().repeat_interleave(4, 0).repeat_interleave(4, 1)[:10, :10]
     side = (1 - 2.0 * y).view(-1, 1, 1, 1)
     assert torch.allclose(found, x - side * threat.bound * block, atol=1e-6)
+
+
+class Rounding(Purifier):
+    """Pixels to 16 levels: nothing to differentiate."""
+
+    stochastic = False
+
+    def start(self, x, noise):
+        return (15 * x).round() / 15, None
+
+    def finish(self, state, context):
+        return state
+
+
+def test_spsa_needs_no_gradient_and_comes_near_the_optimum():
+    x, model = 0.2 + 0.6 * images(N, (1, 8, 8), torch.float32), linear((1, 8, 8))
+    y, threat = model(x).argmax(1), NORMS["Linf"](Fraction(1, 10))
+    gains = {}
+    for name, attack, defense in (
+        ("optimum", PGD(steps=20, eot=1, loss="margin"), undefended(model)),
+        ("spsa", SPSA(steps=20, eot=1, samples=64), undefended(model)),
+        ("blocked", PGD(steps=20, eot=1, loss="margin", random_start=False), Defense(Rounding(), model)),
+        ("rounded", SPSA(steps=20, eot=1, samples=64, delta=0.05), Defense(Rounding(), model)),
+    ):
+        victim = victim_of(defense)
+        found = attack.perturb(x, y, victim, threat).candidates[0]
+        assert victim.backwards == attack.gradients(False) and victim.forwards == attack.evaluations(False)
+        with torch.no_grad():
+            gains[name] = float((margin(defense(found), y) - margin(defense(x), y)).mean())
+    assert gains["blocked"] == 0
+    assert gains["spsa"] > 0.7 * gains["optimum"] and gains["rounded"] > 0.5 * gains["optimum"], gains
 
 
 def test_transfer_differentiates_its_source_and_asks_the_defense_nothing(tmp_path):
