@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import Tensor
 from attacks import NotApplicable, Victim
 from attacks._gradient import ce
 from benchmark import registry, report, stats
+from benchmark.errors import UsageError
 from benchmark.preflight import Check, finite_difference_error
 from benchmark.views import View
 from purifiers import Tape
@@ -148,6 +151,21 @@ def black_box(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
         "gradients find less than looking does: they are masked; try other losses, targets and views",
     )  # fmt: skip
     return {"pairs": pairs, "checks": [check._asdict()]}
+
+
+def saved(path: Path) -> dict[str, Any]:
+    """An audit as ``--json`` printed it.
+
+    Raises:
+        UsageError: if the file isn't one.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: {error}") from error
+    if not isinstance(document, dict) or not {"gradients", "pairs"} & set(document):
+        raise UsageError(f"{path} is no audit: save one with python -m benchmark audit ... --json")
+    return document
 
 
 def failed(document: dict[str, Any]) -> bool:

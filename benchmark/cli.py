@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--json", action="store_true", help="one object per other run, as a list")
 
     audit = _command(commands, "audit", _audit, "gradients held against each other, attacks against looking only")
-    audit.add_argument("paths", nargs="*", metavar="FOLDER", help="for black-box: folders with runs")
+    audit.add_argument("paths", nargs="*", metavar="PATH", help="folders with runs, for black-box; or a saved --json")
     audit.add_argument("--only", choices=("gradients", "black-box"), help="gradients without folders, else black-box")
     _what(audit)
     audit.set_defaults(attack="pgd", n_examples=8)
@@ -279,7 +279,12 @@ def _audit(arguments: argparse.Namespace) -> int:
     from benchmark import audit
     from benchmark.results import find_runs
 
-    if arguments.paths or arguments.only == "black-box":
+    saved = [Path(path) for path in arguments.paths if path.endswith(".json")]
+    if saved:
+        document = audit.saved(saved[0]) if len(arguments.paths) == 1 else {}
+        if not document:
+            raise UsageError("one saved audit at a time: python -m benchmark audit FILE.json")
+    elif arguments.paths or arguments.only == "black-box":
         if arguments.only == "gradients":
             raise UsageError("--only gradients takes no folders: it builds the defense itself, with --purifier SPEC")
         document = audit.black_box(find_runs(arguments.paths or ["results/run"]))

@@ -113,6 +113,12 @@ def test_the_command_prints_a_table_or_one_object(tmp_path, capsys):
     (found,) = json.loads(capsys.readouterr().out)["gradients"]
     assert [r["view"] for r in found["rows"]] == ["exact", "surrogate:gradient=mean", "adjoint", "bpda", "blind"]
     assert found["n"] == 2 and {c["id"] for c in found["checks"]} == {"finite-differences", "exact-is-strongest"}
+    (tmp_path / "saved.json").write_text(json.dumps({"gradients": [found]}))
+    assert cli.main(["audit", str(tmp_path / "saved.json")]) in (cli.DONE, cli.FAILED)
+    assert "| exact | 1.000 (1.000) | 1 |" in capsys.readouterr().out
+    (tmp_path / "other.json").write_text("{}")
+    assert cli.main(["audit", str(tmp_path / "other.json")]) == cli.USAGE
+    assert "is no audit" in capsys.readouterr().err
     assert cli.main(["audit", "--only", "gradients", str(tmp_path)]) == cli.USAGE
     assert "takes no folders" in capsys.readouterr().err
     x = 0.3 + 0.4 * images(4, dtype=torch.float32)
