@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import http.server
 import threading
+from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,3 +139,79 @@ def server(tmp_path):
     threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
     yield root, f"http://127.0.0.1:{running.server_port}"
     running.shutdown()
+
+
+PARITY = """\
+# Parity
+
+Our attacks and samplers beside published ones, measured by tests: both sides start from the same point, see the same
+network and take the same number of steps, in float64. A row is written only if its test passed. *Largest difference* is
+the maximum of |ours - theirs| over all iterates (of a sampler: all states of the chain), images and pixels; an image
+spans [0, 1], a sampler's state [-1, 1]. *Still correct* counts the images that survive the package's attack, *same
+verdict* those of which ours says the same.
+
+Starts are drawn by the package unless they are x. APGD's paths include its halvings of the step size and returns to
+the best point; `class k` is the class that a targeted attack aims at, the k-th likeliest but the label. In L2,
+torchattacks' APGD adds 1e-12 to a length where the paper's code and ours don't, and the iterations make more of it: its
+tolerance is wider; without that summand they agree as the others do. Its PGDL2 divides by a norm + 1e-10, set to the
+1e-12 of ours here.
+
+The small network is convolutional, with random weights. There and at the small radii on `cifar10-resnet18` about half
+of the images survive; at 8/255 this undefended classifier loses nearly all: there the iterates say something, equal
+verdicts little.
+
+The command, with the test images of CIFAR-10 in any form that `--dataset` takes:
+
+```bash
+make parity CIFAR10=parquet:test.parquet,only=exact,family=cifar10
+```
+
+Versions: {versions}. The last digits of a difference depend on the machine.
+"""
+PACKAGES = ("torch", "numpy", "torchattacks", "pyautoattack", "diffusers", "torchsde", "torchdiffeq")
+COLUMNS = ("ours", "theirs", "images", "steps", "largest difference", "tolerance", "still correct", "same verdict")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--parity", metavar="FILE", help="write what the parity tests measured as a page, if all passed")
+
+
+@pytest.fixture(scope="session")
+def parity(request):
+    """Takes one row of the page of parity at a time, from tests that passed so far; written when the session ends.
+
+    ``parity(section, what, against, n=, iterations=, difference=, tolerance=)``, and of attacks ``correct=``: how many
+    images survived, the same ones on both sides.
+    """
+    sections: dict[str, list[tuple[str, ...]]] = {}
+
+    def take(
+        section: str,
+        what: str,
+        against: str,
+        *,
+        n: int,
+        iterations: int,
+        difference: float,
+        tolerance: float,
+        correct: int | None = None,
+    ) -> None:
+        verdicts = () if correct is None else (f"{correct} of {n}", f"{n} of {n}")
+        sizes = (f"{size:.0e}".replace("e-0", "e-") if size else "0" for size in (difference, tolerance))
+        sections.setdefault(section, []).append((what, against, str(n), str(iterations), *sizes, *verdicts))
+
+    yield take
+    path = request.config.getoption("parity")
+    if path and not request.session.testsfailed:
+        Path(path).write_text(page(sections))
+
+
+def page(sections: dict[str, list[tuple[str, ...]]]) -> str:
+    """The page of parity in Markdown: what was compared, with which versions, and a table per section."""
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
+    parts = [PARITY.format(versions=versions)]
+    for section, rows in sections.items():
+        columns = COLUMNS[: len(rows[0])]  # samplers give no verdict
+        lines = [columns, ("---",) * len(columns), *rows]
+        parts.append("\n".join([f"## {section}", "", *("| " + " | ".join(line) + " |" for line in lines)]) + "\n")
+    return "\n".join(parts)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from attacks import NORMS, VIEWS, Attack, AttackError, Victim
+from attacks import NORMS, VIEWS, Attack, AttackError, NotApplicable, Victim
 from benchmark import registry
 from purifiers import Defense, Tape
 from tests.conftest import SHAPE, Linear, classifier, images, undefended
@@ -110,6 +110,31 @@ def test_an_attack_on_a_stochastic_defense_stays_inside_and_leaves_no_trace(name
     else:
         assert 0 <= found.backwards <= found.forwards <= attack.evaluations(True) + 1
     assert ((-1 <= found.broken_at) & (found.broken_at < max(attack.evaluations(True), 1))).all()
+
+
+@pytest.mark.parametrize("view", ["bpda", "blind", "surrogate", "attacker"])
+@every_attack
+def test_an_attack_takes_every_view_and_attacker(name, view, make):
+    """Or says that it can't: what looks inside the purifier needs a view that differentiates it."""
+    defense = Defense(make(("vae", {})).float(), classifier().float())
+    x, y, ids = images(3, dtype=torch.float32), torch.arange(3), torch.arange(3)
+    threat = NORMS[norm := component_of(name).norms[0]](EPS[norm])
+    victim = victim_of(defense, ids)
+    if view == "attacker":
+        victim.defense = Defense(make(("diffpure", {})).float(), defense.classifier)
+    else:
+        victim.view = VIEWS[view](**({"gradient": "mean"} if view == "surrogate" else {}))
+    attack = small(name, steps=2)
+    if registry.parse(name).name in ("diffattack", "encoder") and view in ("bpda", "blind"):
+        with pytest.raises(NotApplicable, match="view"):
+            attack.perturb(x, y, victim, threat)
+        return
+    exact = attack.perturb(x, y, victim_of(defense, ids), threat)
+    found = attack.perturb(x, y, victim, threat)
+    assert found.candidates.isfinite().all() and (found.distances <= threat.bound).all()
+    looks_only = component_of(name).black_box and name != "transfer"
+    if attack.package(True) is None and not (looks_only and view in ("bpda", "surrogate")):
+        assert name == "identity" or not torch.equal(found.candidates, exact.candidates)
 
 
 @given(
