@@ -90,7 +90,7 @@ def gradients(cell: Cell) -> dict[str, Any]:
 def _render_gradients(found: dict[str, Any]) -> str:
     """The audit of gradients as Markdown."""
     lines = [
-        f"{found['defense']}; judged by {found['draws']} fresh draws",
+        f"{found['defense'].replace(', view exact', '')}; judged by {found['draws']} fresh draws",
         "",
         "| view | cosine with exact: mean (min) | norm / exact | robust % | difference to exact [95 %] |",
         "|---|---|---|---|---|",

@@ -21,7 +21,7 @@ EPS = {"Linf": Fraction(16, 255), "L2": Fraction(3, 5), "StAdv": Fraction(1, 5)}
 SMALL = {"steps": 10, "eot": 2, "queries": 12, "samples": 3}
 VARIANTS = [
     "pgd:iterate=best,restarts=2", "pgd:sign=true,step_size=0.01", "apgd:targets=2", "apgd:loss=dlr,restarts=2",
-    "autoattack:version=standard,backend=native", "autoattack:version=rand,backend=pyautoattack",
+    "autoattack:version=rand,backend=pyautoattack",
     "torchattacks:PGD", "torchattacks:PGDL2",
 ]  # fmt: skip
 """What else an attack must keep the contract as, beside each file at its defaults."""
@@ -142,7 +142,7 @@ def test_an_attack_takes_every_view_and_attacker(name, view, make):
     eps=st.fractions(0, 1, max_denominator=255),
     x=hnp.arrays(np.float32, (2, 1, 6, 6), elements=st.sampled_from([0.0, 1e-30, 8 / 255, 0.5, 1 - 8 / 255, 1.0])),
 )
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_no_example_leaves_its_threat_model(case, eps, x):
     """Any radius, pixels at the rim of the box, any attack: without a tolerance, by the threat model's own distance."""
     name, norm = case
@@ -202,6 +202,25 @@ def test_natively_an_attack_reaches_the_optimum_of_a_linear_model(name, norm, sh
     assert (strongest > 0.98).all() and (strongest <= 1 + 1e-4).all(), strongest
     if norm == "Linf" and registry.parse(name).name in ("pgd", "apgd", "diffattack") and "targets" not in name:
         assert torch.allclose(found.candidates, optimum.expand_as(found.candidates), rtol=0, atol=1e-6)
+
+
+def test_the_native_standard_ensemble_is_its_members():
+    """APGD-CE, nine targets and Square, each with a candidate; the strongest reaches the optimum."""
+    attack = small("autoattack:version=standard,backend=native", steps=20, eot=1, queries=5)
+    names = [member.display(True) for member in attack.members(True)]
+    assert names == ["APGD-CE", *["APGD-DLR-TARGETED"] * 9, "Square (5 queries, EOT 1)"]
+    assert attack.least_classes(True) == 10 and attack.versions(True) == 11
+    model, w = two_sided()
+    x = 0.5 + 0.2 * (images(4, dtype=torch.float32) - 0.5)
+    y, threat = model(x).argmax(1), NORMS["Linf"](EPS["Linf"])
+    found = attack.perturb(x, y, victim_of(undefended(model), torch.arange(4), True), threat)
+    assert (found.forwards, found.backwards) == (attack.evaluations(True), attack.gradients(True))
+    assert len(found.candidates[:, 0].flatten(1).unique(dim=0)) > 2
+    gained = model(x).gather(1, y[:, None]) - model(found.candidates[1]).gather(1, y[:, None])
+    assert (
+        gained[:, 0] > 0.98 * w.abs().sum() * threat.bound
+    ).all()  # the likeliest other class is the one that counts
+    assert "made for deterministic defenses" in attack.caveat(True) and attack.caveat(False) is None
 
 
 def test_a_sign_step_in_l2_falls_short_of_the_optimum():
