@@ -1,6 +1,7 @@
 # make run    the main job, from nothing: makes .venv, installs, runs
 # make test   the tests                make check   lint, format and types
 # make slow   the slow tests           make report  the table of results/
+# make parity CIFAR10=DATASET          our attacks and samplers against published ones: results/parity.md
 PYTHON ?= python3
 ARGS ?=
 OUT ?= results/mine
@@ -9,7 +10,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CODE := purifiers attacks classifiers benchmark
 
-.PHONY: run test slow check report tables headline install clean distclean
+.PHONY: run test slow parity check report tables headline install clean distclean
 
 run: install
 	$(BIN)/python -m benchmark run --purifier diffpure --attack autoattack $(ARGS)
@@ -19,6 +20,10 @@ test: install
 
 slow: install
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+# CIFAR10 is a data set as --dataset takes it, e.g. parquet:test.parquet,only=exact,family=cifar10; half an hour.
+parity: install
+	$(BIN)/python -m pytest -q -m "slow or not slow" --parity results/parity.md tests/test_parity.py
 
 check: install
 	$(BIN)/ruff check $(CODE) tests shims

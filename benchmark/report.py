@@ -127,6 +127,8 @@ def shares(records: list[dict[str, Any]], key: str = "adv") -> np.ndarray:
 def comparison(reference: dict[str, Any], others: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Robust accuracy of other runs minus that of a reference, paired over the images that both have.
 
+    Beside each p-value stands Holm's correction for all rows, and the difference that would have been detected.
+
     Raises:
         UsageError: if a run shares no image with the reference.
     """
@@ -145,20 +147,25 @@ def comparison(reference: dict[str, Any], others: Iterable[dict[str, Any]]) -> l
             | {"view": run["identity"]["view"], "n": len(ids), "reference": float(ours.mean())}
             | {"robust": float(theirs.mean())}
             | stats.compare(theirs, ours)._asdict()
+            | {"detectable": stats.detectable(theirs, ours)}
         )
+    for row, corrected in zip(table, stats.holm([row["p"] for row in table]), strict=True):
+        row["p_holm"] = corrected
     return table
 
 
 def render_comparison(table: list[dict[str, Any]]) -> str:
     """The comparison as Markdown, in points."""
     lines = [
-        "| purifier | classifier | attack | view | norm | eps | n | robust % | reference % | difference [95 %] | p |",
-        "|" + "---|" * 11,
+        "| purifier | classifier | attack | view | norm | eps | n | robust % | reference % | difference [95 %] | p | "
+        "p (Holm) | detectable |",
+        "|" + "---|" * 13,
     ]
     for r in table:
         difference = points(r["difference"], r["low"], r["high"])
         cells = [str(r[key]) for key in ("purifier", "classifier", "display", "view", "norm", "eps", "n")]
-        cells += [_percent(r["robust"]), _percent(r["reference"]), difference, f"{r['p']:.4f}"]
+        cells += [_percent(r["robust"]), _percent(r["reference"]), difference]
+        cells += [f"{r['p']:.4f}", f"{r['p_holm']:.4f}", _percent(r["detectable"])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
