@@ -49,6 +49,9 @@ class AutoPGD(Attack):
     def evaluations(self, stochastic: bool) -> int:
         return self.gradients(stochastic) + (self.eot if self.rank else 0)
 
+    def distinct(self, stochastic: bool) -> int:
+        return self.gradients(stochastic)  # the draws that name the targets judge nothing
+
     def gradients(self, stochastic: bool) -> int:
         return (self.steps + 1) * self.eot
 

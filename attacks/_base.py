@@ -50,6 +50,8 @@ class Attack(ABC):
     """The threat models it can search, the first the default."""
     black_box: ClassVar[bool] = False
     """Whether it only looks at outputs: no white-box attack may be weaker."""
+    shown: ClassVar[tuple[str, ...]] = ("steps", "eot", "queries")
+    """Options that ``display`` speaks of; a table adds the others that were given."""
     restricted: ClassVar[bool] = False
     """Whether it searches only a part of the threat model, or for another goal than a wrong label."""
 
@@ -64,6 +66,10 @@ class Attack(ABC):
     def package(self, stochastic: bool) -> str | None:
         """The distribution that does the work, if not this code; it takes whole blocks, with noise as a stream."""
         return None
+
+    def ignored(self, stochastic: bool) -> tuple[str, ...]:
+        """Options that have no effect on such a defense."""
+        return ()
 
     def looks(self, stochastic: bool) -> int:
         """Of how many single draws at x a package's own verdict would be made, were x never moved."""

@@ -49,16 +49,26 @@ def seed_of(victim: Victim) -> int:
 
 
 @contextmanager
-def contained(victim: Victim, device: torch.device) -> Iterator[None]:
-    """Packages seed and draw from the global generators, and print: let them, in a fork and on a quiet logger."""
-    logger = logging.getLogger("auto-attack")
-    level, numpy_state = logger.level, np.random.get_state()
-    logger.setLevel(logging.WARNING)
+def forked(seed: int, device: torch.device) -> Iterator[None]:
+    """The global generators seeded, and afterwards as they were."""
+    numpy_state = np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed_of(victim))
-            np.random.seed(seed_of(victim))
+            torch.manual_seed(seed)
+            np.random.seed(seed)
             yield
     finally:
         np.random.set_state(numpy_state)
+
+
+@contextmanager
+def contained(victim: Victim, device: torch.device) -> Iterator[None]:
+    """Packages seed and draw from the global generators, and print: let them, in a fork and on a quiet logger."""
+    logger = logging.getLogger("auto-attack")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with forked(seed_of(victim), device):
+            yield
+    finally:
         logger.setLevel(level)

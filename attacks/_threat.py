@@ -156,6 +156,11 @@ class Flow(ThreatModel):
 
     norm, unit = "StAdv", "half an image's side"
 
+    def __init__(self, eps: Fraction):
+        super().__init__(eps)
+        if self.eps > 1:
+            raise ValueError(f"eps {eps} is above 1, but flows are in units of half an image's side: write 0.05")
+
     def origin(self, x: Tensor) -> Tensor:
         return x.new_zeros(len(x), 2, *x.shape[-2:])
 

@@ -25,6 +25,8 @@ class APGD(Ensemble):
     Reference: Croce and Hein 2020 (arXiv 2003.01690).
     """
 
+    shown = ("steps", "eot", "loss", "restarts", "targets")
+
     def __init__(self, *, steps: int = 100, eot: int = 20, loss: str = "ce", restarts: int = 1, targets: int = 0):
         if min(steps, eot, restarts) < 1 or targets < 0:
             raise ValueError(

@@ -44,6 +44,7 @@ class AutoAttack(Ensemble):
     """
 
     norms = ("Linf", "L2")
+    shown = ("steps", "eot", "queries", "version", "backend")
     VERSIONS, BACKENDS = ("standard", "rand", "plus"), ("native", "pyautoattack")
     TARGETS, RESTARTS = 9, 5
     COST = {"standard": (7_864, 1_910), "plus": (9_787, 3_319)}
@@ -122,13 +123,23 @@ class AutoAttack(Ensemble):
         return self.LOOKS[self.version(stochastic)] if self.package(stochastic) else 0
 
     def caveat(self, stochastic: bool) -> str | None:
-        if stochastic and self.version(stochastic) != "rand":
+        if not stochastic or self.version(stochastic) == "rand":
+            return None
+        if not self.package(stochastic):
             return (
-                f"AutoAttack's version {self.version(stochastic)} was made for deterministic defenses: on one that "
-                "draws, FAB follows boundaries that move, Square keeps what was lucky once, and an image that a single "
-                "draw got wrong is given up unattacked, so the package's own verdict is no bound on robustness"
+                f"AutoAttack's version {self.version(stochastic)} was made for deterministic defenses, and is no bound "
+                "on one that draws; here its APGDs and Square run with every decision averaged over draws, without FAB"
             )
-        return None
+        return (
+            f"AutoAttack's version {self.version(stochastic)} was made for deterministic defenses: on one that draws, "
+            "FAB follows boundaries that move, Square keeps what was lucky once, and an image that a single draw got "
+            "wrong is given up unattacked, so the package's own verdict is no bound on robustness"
+        )
+
+    def ignored(self, stochastic: bool) -> tuple[str, ...]:
+        if not self.package(stochastic):
+            return ("queries",) if self.version(stochastic) == "rand" else ()
+        return ("queries",) if self.version(stochastic) == "rand" else ("steps", "eot", "queries")
 
     def step(self, k: int, state: State, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
         if not self.package(victim.stochastic):

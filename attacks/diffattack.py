@@ -22,7 +22,8 @@ class DiffAttack(PGD):
     the gradient goes through both. All times weigh alike.
 
     Args:
-        weight: of the deviation beside the loss.
+        weight: of the deviation beside the loss; where an image is confidently right, the loss has a small gradient, and
+            a large weight climbs the deviation alone.
         steps, eot, step, step_size, loss, restarts, random_start, iterate, sign: as for ``pgd``.
 
     Raises:
@@ -32,14 +33,13 @@ class DiffAttack(PGD):
     Reference: Kang et al. 2023 (arXiv 2311.00124), section 3.1.
     """
 
-    def __init__(self, *, weight: float = 1.0, **pgd: Any):
+    title = "DiffAttack"
+
+    def __init__(self, *, weight: float = 0.01, **pgd: Any):
         super().__init__(**pgd)
         if weight < 0:
             raise ValueError(f"weight must not be negative, got {weight}")
         self.weight = weight
-
-    def display(self, stochastic: bool) -> str:
-        return super().display(stochastic).replace("PGD", "DiffAttack")
 
     def look(self, k: int, x_adv: Tensor, x: Tensor, y: Tensor, victim: Victim) -> Evaluation:
         path = _Path()

@@ -16,21 +16,27 @@ from attacks.pgd import PGD
 class Encoder(PGD):
     """PGD on ‖e(x') - e(x)‖² / d, with e the purifier's first stage; then the whole defense is judged.
 
-    The noise of both is the same. e is what a codec encodes, or a diffusion's first state. Labels and the classifier
-    play no part in the search, so what is lost here is lost by the encoder.
+    e is the first stage of a purifier that encodes, under one noise for both images. Labels and the classifier play no
+    part in the search, so what is lost here is lost by the encoder.
 
     Args:
-        steps, eot, step, step_size, restarts, random_start, iterate, sign: as for ``pgd``; ``loss`` isn't used.
+        steps, eot, step, step_size, restarts, sign: as for ``pgd``.
 
     Raises:
         ValueError: as ``pgd``.
-        NotApplicable: for a purifier without stages, or under a view that doesn't differentiate them.
+        NotApplicable: for a purifier that doesn't encode, or under a view that doesn't differentiate it.
     """
 
     restricted = True
+    title = "encoder PGD"
+
+    def __init__(self, *, steps: int = 200, eot: int = 20, step: float = 2.5, step_size: float = 0.0, restarts: int = 1,
+                 sign: bool = False):  # fmt: skip
+        # at x itself the displacement has no gradient, and a best iterate would be chosen by labels
+        super().__init__(steps=steps, eot=eot, step=step, step_size=step_size, restarts=restarts, sign=sign)
 
     def display(self, stochastic: bool) -> str:
-        return super().display(stochastic).replace(f"PGD-{self.loss_name.upper()}", "encoder PGD")
+        return super().display(stochastic).replace(f"-{self.loss_name.upper()}", "")
 
     def look(self, k: int, x_adv: Tensor, x: Tensor, y: Tensor, victim: Victim) -> Evaluation:
         first = _First()
@@ -55,8 +61,10 @@ class _First:
 
     def displacement(self, clean: Tensor) -> Tensor:
         """The mean squared displacement per row; a row's purified copies are averaged."""
-        if self.stage is None or not self.state.requires_grad:
-            raise NotApplicable("encoder needs a purifier with stages, and a view that differentiates them")
+        if self.stage is None or not self.stage.__self__.encodes:  # type: ignore[attr-defined]
+            raise NotApplicable("encoder needs a purifier that encodes, e.g. vae, and a view that runs it")
+        if not self.state.requires_grad:
+            raise NotApplicable("encoder needs a view that differentiates the purifier's stages: exact, surrogate")
         copies = len(self.state) // len(clean)
         with torch.no_grad():
             before, _ = self.stage(clean.repeat_interleave(copies, 0), self.noise)

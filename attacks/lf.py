@@ -6,13 +6,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from attacks._gradient import Victim
+from attacks._threat import ThreatModel
 from attacks.pgd import PGD
 
 
 class LF(PGD):
     """PGD over perturbations that are constant on blocks: delta = U(w), the gradient of w being the sum over a block.
 
-    A perturbation without high frequencies passes a diffusion purifier, which diffuses those away first.
+    A perturbation without high frequencies passes a diffusion purifier, which diffuses those away first. The start is
+    of that kind, too; only clipping to the box breaks a block.
 
     Args:
         block: side of a block in pixels.
@@ -25,6 +28,8 @@ class LF(PGD):
     """
 
     restricted = True
+    title = "LF"
+    shown = (*PGD.shown, "block")
 
     def __init__(self, *, block: int = 4, **pgd: Any):
         super().__init__(**pgd)
@@ -33,10 +38,19 @@ class LF(PGD):
         self.block = block
 
     def display(self, stochastic: bool) -> str:
-        return super().display(stochastic).replace("PGD", f"LF{self.block}-PGD")
+        return super().display(stochastic).replace(self.title, f"{self.title}{self.block}-PGD")
+
+    def first(self, x: Tensor, victim: Victim, threat: ThreatModel, restart: int) -> Tensor:
+        """A random start that is constant on blocks: each takes what its first pixel drew."""
+        delta = super().first(x, victim, threat, restart) - threat.origin(x)
+        return threat.project(threat.origin(x) + self._spread(delta[..., :: self.block, :: self.block], delta), x)
 
     def shaped(self, direction: Tensor) -> Tensor:
         """The mean over each block, in its place; blocks at the rim are cut."""
-        height, width = direction.shape[-2:]
         pooled = nn.functional.avg_pool2d(direction, self.block, ceil_mode=True, count_include_pad=False)
-        return nn.functional.interpolate(pooled, scale_factor=float(self.block))[..., :height, :width]
+        return self._spread(pooled, direction)
+
+    def _spread(self, values: Tensor, like: Tensor) -> Tensor:
+        """U: a value per block on all its pixels."""
+        height, width = like.shape[-2:]
+        return nn.functional.interpolate(values, scale_factor=float(self.block))[..., :height, :width]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,9 @@ class PGD(Attack):
     and Kim 2023 (arXiv 2303.09051).
     """
 
+    title: ClassVar[str] = "PGD"
+    shown: ClassVar[tuple[str, ...]] = ("steps", "eot", "loss", "restarts", "iterate", "sign")
+
     def __init__(
         self,
         *,
@@ -66,7 +71,7 @@ class PGD(Attack):
         best = ", best iterate" if self.iterate == "best" else ""
         restarts = f" × {self.restarts}" if self.restarts > 1 else ""
         sign = "sign-step " if self.sign else ""
-        return f"{sign}PGD-{self.loss_name.upper()} ({self.steps} it{draws}{best}){restarts}"
+        return f"{sign}{self.title}-{self.loss_name.upper()} ({self.steps} it{draws}{best}){restarts}"
 
     def versions(self, stochastic: bool) -> int:
         return self.restarts
@@ -81,7 +86,7 @@ class PGD(Attack):
         return self.length(stochastic) * self.eot
 
     def start(self, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
-        first = torch.stack([self._first(x, victim, threat, r) for r in range(self.restarts)])
+        first = torch.stack([self.first(x, victim, threat, r) for r in range(self.restarts)])
         state = {"x_adv": first, "broken_at": torch.full((len(x),), -1, device=x.device)}
         if self.iterate == "best":
             worst = torch.full((self.restarts, len(x)), torch.inf, dtype=x.dtype, device=x.device)
@@ -112,7 +117,8 @@ class PGD(Attack):
         """A direction as this attack may take it; PGD takes any."""
         return direction
 
-    def _first(self, x: Tensor, victim: Victim, threat: ThreatModel, restart: int) -> Tensor:
+    def first(self, x: Tensor, victim: Victim, threat: ThreatModel, restart: int) -> Tensor:
+        """Where a restart begins."""
         return threat.random(x, victim.tape.fold("pgd", "start", restart)) if self.random_start else threat.origin(x)
 
 

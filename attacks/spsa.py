@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class SPSA(PGD):
     """
 
     black_box = True
+    title = "SPSA"
+    shown = (*PGD.shown, "samples")
 
     def __init__(self, *, samples: int = 32, delta: float = 0.01, loss: str = "margin", **pgd: Any):
         super().__init__(loss=loss, **pgd)
@@ -38,10 +41,10 @@ class SPSA(PGD):
         self.samples, self.delta = samples, delta
 
     def display(self, stochastic: bool) -> str:
-        return super().display(stochastic).replace("PGD", "SPSA").replace(" it", f" it × {self.samples}", 1)
+        return super().display(stochastic).replace(" it", f" it × {self.samples}", 1)
 
     def evaluations(self, stochastic: bool) -> int:
-        return 2 * self.samples * super().evaluations(stochastic)
+        return (2 * self.samples + 1) * super().evaluations(stochastic)
 
     def distinct(self, stochastic: bool) -> int:
         return super().evaluations(stochastic)
@@ -50,17 +53,12 @@ class SPSA(PGD):
         return 0
 
     def look(self, k: int, x_adv: Tensor, x: Tensor, y: Tensor, victim: Victim) -> Evaluation:
-        gradient, seen = torch.zeros_like(x_adv), []
+        look = partial(victim.evaluate, eot=self.eot, gradient=False)
+        gradient = torch.zeros_like(x_adv)
         for sample in range(self.samples):
             signs = victim.tape.fold("spsa", k, sample).uniform("signs", like=x_adv)
             probe = self.delta * torch.where(signs < 0.5, -1.0, 1.0).to(x_adv)
-            up, down = (
-                victim.evaluate(
-                    (x_adv + side * probe).clamp(0, 1), y, self.loss, "spsa", k, eot=self.eot, gradient=False
-                )
-                for side in (1, -1)
-            )
+            up, down = (look((x_adv + end * probe).clamp(0, 1), y, self.loss, "spsa", k) for end in (1, -1))
             gradient += (up.loss - down.loss).view(-1, 1, 1, 1) * probe
-            seen += [up, down]
-        loss, correct = (torch.stack([getattr(e, key) for e in seen]).mean(0) for key in ("loss", "correct"))
-        return Evaluation(loss, correct, gradient / (2 * self.delta**2 * self.samples))
+        here = look(x_adv, y, self.loss, "spsa", k)  # the probes may lie outside the ball
+        return here._replace(gradient=gradient / (2 * self.delta**2 * self.samples))

@@ -21,6 +21,4 @@ class StAdv(PGD):
     """
 
     norms = ("StAdv",)
-
-    def display(self, stochastic: bool) -> str:
-        return super().display(stochastic).replace("PGD", "StAdv")
+    title = "StAdv"

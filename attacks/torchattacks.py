@@ -7,21 +7,22 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from attacks._base import Attack, State
+from attacks._base import Attack, AttackError, State
 from attacks._gradient import Victim
-from attacks._package import Model, contained
+from attacks._package import Model, contained, forked, seed_of
 from attacks._threat import ThreatModel
 
 
 class TorchAttacks(Attack):
     """Any attack of torchattacks, e.g. ``torchattacks:PGD,steps=50``, inside this benchmark's threat model.
 
-    The options are the attack's own with its own defaults, but for the radius, which is the run's, and the seed; an
-    iteration count follows the budget unless it is told. Every call of a stochastic defense is one fresh draw, so only
-    the package's EOT attacks average draws. The images it returns are projected into the threat model (an attack that
-    looks for a small perturbation without a bound, such as CW, is thereby held to the radius).
+    The options are the attack's own with its own defaults, but for radius and seed, which are the run's; an iteration
+    count follows the budget unless it is told. Every call of a stochastic defense is one fresh draw, so only the
+    package's EOT attacks average draws. The images it returns are projected into the threat model (an attack that
+    looks for a small perturbation without a bound, such as CW, is thereby held to the radius). Its cost is counted on a
+    small model that it can't break.
 
     Raises:
         ValueError: for an attack that the package doesn't have, or that can't be run here, with the reason.
@@ -30,6 +31,9 @@ class TorchAttacks(Attack):
     """
 
     argument = "NAME"
+    shown = ("steps", "queries", "eot")
+    BLACK_BOX, MINIMAL = ("Square", "SPSA"), ("CW", "DeepFool", "EADEN", "FAB")
+    """Those that only look, and those that seek the smallest perturbation and not the strongest within a radius."""
     REFUSED = {
         "AutoAttack": "it runs APGD and FAB with 10 iterations instead of 100, so its result is not AutoAttack's; "
         "use --attack autoattack",
@@ -52,6 +56,7 @@ class TorchAttacks(Attack):
         if not self.name:
             raise ValueError("torchattacks needs the name of one of its attacks, e.g. torchattacks:PGD")
         self.own = own
+        self.cost = self._counted()
 
     @classmethod
     def of(cls, argument: str) -> type[TorchAttacks]:
@@ -86,7 +91,10 @@ class TorchAttacks(Attack):
         __init__.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *options]
         )
-        members = {"__init__": __init__, "name": name, "norms": norms, "taken": taken, "__doc__": attack.__doc__}
+        members = {
+            "__init__": __init__, "name": name, "norms": norms, "taken": taken, "__doc__": attack.__doc__,
+            "black_box": name in cls.BLACK_BOX, "restricted": name in cls.MINIMAL,
+        }  # fmt: skip
         return type(f"TorchAttacks{name}", (cls,), members)
 
     def display(self, stochastic: bool) -> str:
@@ -101,7 +109,10 @@ class TorchAttacks(Attack):
         return 1
 
     def evaluations(self, stochastic: bool) -> int:
-        return max(int(self.own.get("steps") or self.own.get("queries") or 1), 1) * int(self.own.get("eot") or 1)
+        return self.cost[0]
+
+    def gradients(self, stochastic: bool) -> int:
+        return self.cost[1]
 
     def distinct(self, stochastic: bool) -> int:
         return 0
@@ -111,20 +122,51 @@ class TorchAttacks(Attack):
 
     def step(self, k: int, state: State, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
         model = Model(victim, x.device)
-        own = {theirs: self.own[ours] for theirs, ours in self.taken.items() if ours in self.own}
-        given = {"eps": threat.bound, "max_epsilon": threat.bound, "norm": threat.norm, "seed": 0, "verbose": False}
-        with contained(victim, x.device), torch.no_grad():
-            if "n_classes" in self.taken:
-                given["n_classes"] = victim.defense(x[:1], victim.tape[:1], victim.view).shape[1]
-            given = {key: value for key, value in given.items() if key in self.taken}
-            attack = getattr(_package(), self.name)(model.eval(), **own, **given)
-            with torch.enable_grad():
-                x_adv = attack(x.clone(), y.clone()).detach().to(x)
+        classes = victim.defense(x[:1], victim.tape[:1], victim.view).shape[1] if "n_classes" in self.taken else 0
+        with contained(victim, x.device):
+            try:
+                x_adv = self._made(model, threat.norm, threat.bound, seed_of(victim), classes)(x.clone(), y.clone())
+            except Exception as error:  # whatever the package raises
+                raise AttackError(f"{self._spec()}: {type(error).__name__}: {error}") from error
         model.charge(len(x))
-        return state | {"x_adv": threat.project(x_adv, x)}
+        return state | {"x_adv": threat.project(x_adv.detach().to(x), x)}
 
     def finish(self, state: State) -> Tensor:
         return state["x_adv"][None]
+
+    def _made(self, model: nn.Module, norm: str, bound: float, seed: int, classes: int) -> Any:
+        """The package's attack object on a model."""
+        given = {"eps": bound, "max_epsilon": bound, "norm": norm, "seed": seed, "n_classes": classes, "verbose": False}
+        given = {key: value for key, value in given.items() if key in self.taken}
+        own = {theirs: self.own[ours] for theirs, ours in self.taken.items() if ours in self.own}
+        return getattr(_package(), self.name)(model.eval(), **own, **given)
+
+    def _counted(self) -> tuple[int, int]:
+        """Forwards and backwards for one image of a model that can't be broken: what the options cost, if they work."""
+        model, x = _Unbreakable(), torch.full((1, 3, 32, 32), 0.5)
+        with forked(0, x.device):
+            try:
+                self._made(model, self.norms[0], 1e-6, 0, 10)(x, torch.zeros(1, dtype=torch.long))
+            except Exception as error:  # whatever the package raises
+                raise ValueError(f"{self._spec()} fails: {type(error).__name__}: {error}") from error
+        return model.forwards, model.backwards
+
+    def _spec(self) -> str:
+        return f"torchattacks:{self.name},{','.join(f'{k}={v}' for k, v in sorted(self.own.items()))}"
+
+
+class _Unbreakable(nn.Module):
+    """Class 0, by far, and a gradient: it counts the rows that it is asked, and those with a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 10 * 3).view(10, 3), requires_grad=False)
+        self.forwards = self.backwards = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += len(x)
+        self.backwards += len(x) if torch.is_grad_enabled() and x.requires_grad else 0
+        return x.mean((2, 3)) @ self.weight.T + torch.eye(10)[0].to(x) * 50
 
 
 def _package() -> Any:

@@ -22,6 +22,7 @@ class Transfer(PGD):
     """
 
     black_box = True
+    shown = (*PGD.shown, "source")
 
     def __init__(self, *, source: str = "identity", **pgd: Any):
         super().__init__(**pgd)

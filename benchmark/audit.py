@@ -42,6 +42,12 @@ def gradients(cell: Cell) -> dict[str, Any]:
     Returns:
         {"defense", "n", "draws", "rows": one dict per view, "checks": ``Check`` as dicts}
     """
+    if cell.view.spec.name != "exact" or cell.attacker is not cell.defense or cell.attack.black_box:
+        raise UsageError(
+            f"{cell}: the audit tries every view itself, with an attack by gradients of the defense: leave out --view "
+            "and --attacker, and name e.g. --attack pgd"
+        )
+    cell.check_classes()
     n = cell.n
     x, y = cell.data.images(slice(0, n)).to(cell.device), cell.data.labels[:n].to(cell.device)
     ids = cell.data.ids[:n]
@@ -66,10 +72,11 @@ def gradients(cell: Cell) -> dict[str, Any]:
         right = cell.judged(found.candidates, y, ids, draws)
         reference = right if reference is None else reference
         difference = stats.compare(right, reference)
+        stronger = stats.compare(reference, right, one_sided=True).p
         rows.append(
             {
-                "view": name, "status": "pass", "cosine": float(cosine.mean()), "cosine_low": float(cosine.min()),
-                "norm_ratio": float(ratio.nanmedian()), "robust": float(right.mean()),
+                "view": name, "status": "pass", "cosine": _number(cosine.mean()), "cosine_low": _number(cosine.min()),
+                "norm_ratio": _number(ratio.nanmedian()), "p_stronger": stronger, "robust": float(right.mean()),
                 "difference": difference.difference, "low": difference.low, "high": difference.high,
             }
         )  # fmt: skip
@@ -77,11 +84,13 @@ def gradients(cell: Cell) -> dict[str, Any]:
     error = finite_difference_error(
         lambda module, z: ce(module(z, tape, View("exact")(keep=1)), y[:2]), cell.defense, x[:2].double()
     )
-    stronger = [r["view"] for r in rows if r["status"] == "pass" and r["view"] != "exact" and r["high"] < 0]
+    others = [r for r in rows if r["status"] == "pass" and r["view"] != "exact"]
+    p = stats.holm([r["p_stronger"] for r in others])
+    beats = [r["view"] for r, corrected in zip(others, p, strict=True) if corrected < 0.05]
     checks = [
         Check("finite-differences", "pass" if error <= 1e-2 else "fail", error, 1e-2,
               "the exact view isn't the gradient of the defense: look for detach, no_grad or a custom backward"),
-        Check("exact-is-strongest", "fail" if stronger else "pass", ", ".join(stronger), "no view beats exact",
+        Check("exact-is-strongest", "fail" if beats else "pass", ", ".join(beats), "no view beats exact",
               "a weaker view finds more: the exact gradient is masked or vanishes; attack with that view, too"),
     ]  # fmt: skip
     return {"defense": str(cell), "n": n, "draws": draws, "rows": rows, "checks": [c._asdict() for c in checks]}
@@ -101,8 +110,8 @@ def _render_gradients(found: dict[str, Any]) -> str:
             continue
         difference = "–" if r["view"] == "exact" else report.points(r["difference"], r["low"], r["high"])
         lines.append(
-            f"| {r['view']} | {r['cosine']:.3f} ({r['cosine_low']:.3f}) | {r['norm_ratio']:.3g} | "
-            f"{100 * r['robust']:.1f} | {difference} |"
+            f"| {r['view']} | {_text(r['cosine'], '.3f')} ({_text(r['cosine_low'], '.3f')}) | "
+            f"{_text(r['norm_ratio'], '.3g')} | {100 * r['robust']:.1f} | {difference} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -111,8 +120,8 @@ def black_box(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """White-box against black-box attacks on one defense, paired over their images: none may be weaker.
 
     One-sided: p is the probability, were both equally strong, of a robust accuracy as much higher under the white-box
-    attack as the one seen (sign flips). The minimum detectable difference is the true difference that such a test at
-    5 % would notice in four of five cases: (z_0.95 + z_0.80) sd(d) / sqrt(n).
+    attack as the one seen (sign flips). Beside it stands the true difference that such a test, at its share of 5 %,
+    would notice in four of five cases.
 
     Returns:
         {"pairs": one dict per white-box and black-box attack, "checks": ``Check`` as dicts}. An attack that is
@@ -137,9 +146,11 @@ def black_box(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
                         "white_box": names["display"], "black_box": b["names"]["display"],
                         "white": float(theirs.mean()), "black": float(ours.mean()),
                         "difference": compared.difference, "low": compared.low, "high": compared.high, "p": compared.p,
-                        "detectable": stats.detectable(theirs, ours), "restricted": _component(w).restricted,
+                        "shares": (theirs, ours), "restricted": _component(w).restricted,
                     }
                 )  # fmt: skip
+    for pair in pairs:
+        pair["detectable"] = stats.detectable(*pair.pop("shares"), tests=len(pairs), one_sided=True)
     weaker = [
         f"{p['white_box']} than {p['black_box']} on {p['purifier']} + {p['classifier']}"
         for p, corrected in zip(pairs, stats.holm([pair["p"] for pair in pairs]), strict=True)
@@ -199,9 +210,18 @@ def _render_black_box(pairs: Sequence[dict[str, Any]]) -> str:
     for p in pairs:
         cells = [str(p[k]) for k in ("purifier", "classifier", "white_box", "black_box", "norm", "eps", "n")]
         cells += [f"{100 * p[k]:.1f}" for k in ("white", "black")]
-        cells += [report.points(p["difference"], p["low"], p["high"]), f"{p['p']:.4f}", f"{100 * p['detectable']:.1f}"]
+        cells += [report.points(p["difference"], p["low"], p["high"]), f"{p['p']:.4f}", report.share(p["detectable"])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _number(value: Tensor) -> float | None:
+    """A number that JSON knows."""
+    return float(value) if value.isfinite() else None
+
+
+def _text(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
 
 
 def _black(run: dict[str, Any]) -> bool:

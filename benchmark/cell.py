@@ -116,27 +116,18 @@ class Cell:
         self.stochastic = defense.stochastic
         spec = registry.parse(attack)
         component = registry.load("attacks", spec.name, spec.argument)
+        spec = registry.Spec(spec.name, getattr(component, "name", None) or spec.argument, spec.options)
         self.select = chosen.select if self.stochastic else 1
         self.draws = (chosen.draws if s.draws is None else s.draws) if self.stochastic else 1
         if self.draws < 1:
             raise UsageError(f"--draws {self.draws}: at least one draw is needed")
-        # who knows the draws that judge averages over all of them
-        eot = self.draws if self.view.foreknown else None
-        options, untouched = config.attack_options(spec, component, chosen, self.stochastic, eot)
-        try:
-            self.attack: Attack = component(**options)
-        except ValueError as error:
-            raise UsageError(f"{spec.name}: {error}") from error
-        self.package = self.attack.package(self.stochastic)
-        if self.view.foreknown and self.package:
-            raise UsageError(f"--view {s.view}: {attack} draws its own noise and can't be told the verdict's")
-        norm = self.attack.norms[0] if s.norm is None else s.norm
-        if norm not in self.attack.norms:
-            raise UsageError(f"{attack} searches under {' or '.join(self.attack.norms)}, not under {norm}")
+        norm = component.norms[0] if s.norm is None else s.norm  # type: ignore[attr-defined]
+        if norm not in component.norms:  # type: ignore[attr-defined]
+            raise UsageError(f"{attack} searches under {' or '.join(component.norms)}, not under {norm}")  # type: ignore
         eps = config.radius(s.eps, norm, self.data.family)
         self.threat: ThreatModel = NORMS[norm](eps)
-        custom = not untouched or (s.draws is not None and s.draws != chosen.draws)
-        named = getattr(self.attack, "source", None)  # an attack that transfers names its attacker itself
+        # an attack that transfers names its attacker itself
+        named = registry.resolve(component, spec).get("source")
         other = named or s.attacker
         self.attacker, g = defense, None
         if other:
@@ -146,6 +137,27 @@ class Cell:
             self.attacker = Defense(
                 g.module, defense.classifier, copies=defense.copies, combine=defense.combine
             ).to(self.device)  # fmt: skip
+        self.drawing = defense.stochastic or self.attacker.stochastic  # whether draws differ in the attack's loop
+        # who knows the draws that judge averages over all of them
+        eot = self.draws if self.view.foreknown else None
+        options, untouched = config.attack_options(spec, component, chosen, self.drawing, eot)
+        try:
+            self.attack: Attack = component(**options)
+        except ValueError as error:
+            raise UsageError(f"{spec.name}: {error}") from error
+        if useless := sorted(set(spec.options) & set(self.attack.ignored(self.drawing))):
+            raise UsageError(
+                f"{attack}: {', '.join(useless)} would have no effect: {self.attack.display(self.drawing)}"
+            )
+        self.package = self.attack.package(self.drawing)
+        if self.view.foreknown and self.package:
+            raise UsageError(f"--view {s.view}: {attack} draws its own noise and can't be told the verdict's")
+        custom = not untouched or (s.draws is not None and s.draws != chosen.draws)
+        # whether the loop sees the defense itself, so that a rule may speak of what it saw
+        self.watched = self.attacker is defense and self.view.spec.name != "blind" and not self.package
+        self.distinct = 0
+        if self.stochastic and self.watched:
+            self.distinct = eot if self.view.foreknown and eot else self.attack.distinct(True)
         self.identity = config.Identity(
             dataset=self.data.name,
             fingerprint=self.data.fingerprint,
@@ -173,9 +185,13 @@ class Cell:
         if self.rows < 1 or self.rows % 32:
             raise UsageError(f"--batch-size {self.rows}: row counts are multiples of 32, so that no row sees its place")
         self.plan: Plan = plan(
-            self.attack, stochastic=self.stochastic, nfe=defense.nfe, n=self.n, select=self.select, draws=self.draws
-        )
-        display = self.attack.display(self.stochastic)
+            self.attack, stochastic=self.drawing, nfe=defense.nfe, n=self.n, select=self.select, draws=self.draws,
+            null=max(self.distinct, self.attack.looks(self.drawing) if self.stochastic else 0),
+        )  # fmt: skip
+        display = self.attack.display(self.drawing)
+        hidden = {k: options[k] for k in spec.options if k not in self.attack.shown}
+        if hidden:
+            display += f" [{', '.join(f'{k}={registry.show(v)}' for k, v in hidden.items())}]"
         if self.package:
             display = display.replace(self.package, f"{self.package} {version(self.package)}")
         if self.view.foreknown:
@@ -185,14 +201,14 @@ class Cell:
             Path(s.out), self.identity, names,
             {"environment": environment(s.device, self.rows), "stochastic": self.stochastic, "nfe": defense.nfe,
              "preflight": s.preflight, "noise": self._noise(),
-             "watched": self.attacker is defense and self.view.spec.name != "blind" and not self.package},
+             "watched": self.watched},
         )  # fmt: skip
 
     def _noise(self) -> str:
         """How far the noise is decided by seed and image: keyed, by a package's calls, or by the place in a batch."""
         if defenses.is_foreign(self.defense):
             return "global"
-        return "stream" if self.package and self.stochastic else "keyed"
+        return "stream" if self.package and self.drawing else "keyed"
 
     def __str__(self) -> str:
         i, names = self.identity, self.folder.settings["names"]
@@ -220,12 +236,12 @@ class Cell:
             if not s.quiet:
                 print(f"all {self.n} images are recorded in {self.folder.folder}: nothing to compute", file=sys.stderr)
             return self.folder.finish()
-        self._check_classes()
-        if (caveat := self.attack.caveat(self.stochastic)) and not s.quiet:
+        self.check_classes()
+        if (caveat := self.attack.caveat(self.drawing)) and not s.quiet:
             print(f"note: {caveat}", file=sys.stderr)
         self.folder.open(self.n, self.data.shape, mixed_environment=s.mixed_environment)
         self._preflight()
-        length = self.attack.length(self.stochastic)
+        length = self.attack.length(self.drawing)
         with tqdm(
             total=len(starts) * length, unit="it", disable=s.quiet, mininterval=0.5 if sys.stderr.isatty() else 20,
             desc=f"{self.folder.settings['names']['display']}",
@@ -237,7 +253,7 @@ class Cell:
                 bar.set_postfix_str(f"robust {robust:.1%} of {len(shown)}")
         return self.folder.finish()
 
-    def _check_classes(self) -> None:
+    def check_classes(self) -> None:
         """Whether the classifier's outputs fit the images, the labels and the attack's losses."""
         x = self.data.images(slice(0, 1)).to(self.device)
         try:
@@ -247,7 +263,7 @@ class Cell:
             raise UsageError(
                 f"{self}: the classifier takes no images of shape {tuple(x.shape[1:])}: {error}"
             ) from error
-        form, least = self.data.form, self.attack.least_classes(self.stochastic)
+        form, least = self.data.form, self.attack.least_classes(self.drawing)
         if form.family in data.FORMS and classes != form.classes:
             raise UsageError(f"{self}: {form.family} has {form.classes} classes, the classifier has {classes} outputs")
         highest = int(self.data.labels[: self.n].max())
@@ -256,7 +272,7 @@ class Cell:
         if classes < least:
             raise UsageError(
                 f"{self}: the attack's losses need at least {least} classes, the classifier has {classes}; "
-                "pgd's cross-entropy needs two"
+                "aim at fewer targets, or use pgd, whose cross-entropy needs two"
             )
 
     def _preflight(self) -> None:
@@ -265,8 +281,9 @@ class Cell:
         few = slice(0, min(8, len(self.data)))
         try:
             checks = preflight(
-                self.defense, self.view(keep=1), self.data.images(few).to(self.device),
-                self.data.labels[few].to(self.device), self.data.ids[few], seed=self.settings.seed, rows=32,
+                self.defense, self.view(keep=1) if self.attack.gradients(self.drawing) else None,
+                self.data.images(few).to(self.device), self.data.labels[few].to(self.device), self.data.ids[few],
+                seed=self.settings.seed, rows=32, attacker=self.attacker,
             )  # fmt: skip
         except NotApplicable as error:
             raise UsageError(f"{self}: {error}") from error
@@ -291,7 +308,7 @@ class Cell:
         tape = Tape(s.seed, "verdict" if self.view.foreknown else "attack", ids)
         view = self.view(keep=self._keep(x, tape))
         victim = Victim(
-            self.attacker, view, tape, rows=self.rows, stochastic=self.stochastic, foreknown=self.view.foreknown
+            self.attacker, view, tape, rows=self.rows, stochastic=self.drawing, foreknown=self.view.foreknown
         )
         saved = time.monotonic()
         state = self.folder.load_state(first)
@@ -339,7 +356,7 @@ class Cell:
                 "fallback": bool(distance[i] == 0),
                 "package_verdict": None if found.package_correct is None else bool(found.package_correct[i]),
                 "package_null": None if package_null is None else bool(package_null[i]),
-                "forwards": found.forwards + extra + (self.attack.distinct(True) if self.stochastic else 0),
+                "forwards": found.forwards + extra + self.distinct,
                 "backwards": found.backwards,
             }
             for i in range(len(ids))
@@ -364,9 +381,13 @@ class Cell:
     def _chosen(self, candidates: Tensor, y: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Per image the number of the candidate with the fewest correct ``select`` draws, and logits of further draws.
 
-        The draws that chose would flatter the chosen; attacks are compared by draws that chose nothing yet.
+        The draws that chose would flatter the chosen; attacks are compared by draws that chose nothing yet. An attacker
+        who knows the draws that judge chooses by those.
         """
-        logits = [self._draws(c, ids, "select", self.select, "candidate", v) for v, c in enumerate(candidates)]
+        if self.view.foreknown:
+            logits = [self._draws(c, ids, "verdict", self.draws) for c in candidates]
+        else:
+            logits = [self._draws(c, ids, "select", self.select, "candidate", v) for v, c in enumerate(candidates)]
         correct = (_classes(torch.stack(logits)) == y[:, None]).sum(-1)
         version = correct.argmin(0)
         return version, self._draws(candidates[version, torch.arange(len(y))], ids, "select", self.select)
@@ -399,14 +420,14 @@ class Cell:
 
     def _null(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
         """Of as many different draws as the attack sees in its loop, how many are wrong at x itself."""
-        if not self.stochastic or self.attack.distinct(True) == 0:
+        if self.distinct == 0:
             return torch.zeros(len(x), dtype=torch.long)
-        predicted = _classes(self._at_x(x, ids, "null", self.attack.distinct(True)))
+        predicted = _classes(self._at_x(x, ids, "null", self.distinct))
         return (predicted != y[:, None]).sum(1)
 
     def _package_null(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor | None:
         """The package's own verdict, were x never moved: its rule, single draws all right, played on ``null`` draws."""
-        looks = self.attack.looks(self.stochastic)
+        looks = self.attack.looks(self.drawing)
         if not (self.stochastic and looks):
             return None
         return (_classes(self._at_x(x, ids, "null", looks)) == y[:, None]).all(1)

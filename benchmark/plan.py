@@ -33,11 +33,17 @@ class Plan:
         )
 
 
-def plan(attack: Attack, *, stochastic: bool, nfe: int, n: int, select: int, draws: int) -> Plan:
-    """The plan of one cell: the attack, the null floor (its different draws, at x), selection, three verdicts."""
+def plan(
+    attack: Attack, *, stochastic: bool, nfe: int, n: int, select: int, draws: int, null: int | None = None
+) -> Plan:
+    """The plan of one cell: the attack, the null floor (``null`` draws at x), selection, three verdicts.
+
+    Without ``null`` it is the attack's different draws.
+    """
     observed = attack.evaluations(stochastic)
     verdicts = 3 * draws + (attack.versions(stochastic) + 1) * select
-    null = max(attack.distinct(stochastic), attack.looks(stochastic)) if stochastic else 0
+    if null is None:
+        null = max(attack.distinct(stochastic), attack.looks(stochastic)) if stochastic else 0
     return Plan(
         n, nfe, observed + null + verdicts, attack.gradients(stochastic), attack.package(stochastic) is not None
     )

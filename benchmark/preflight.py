@@ -54,15 +54,26 @@ class Recording(Tape):
         return super()._words(site, like)
 
 
-def preflight(defense: Defense, view: View, x: Tensor, y: Tensor, ids: Tensor, *, seed: int, rows: int) -> list[Check]:
+def preflight(
+    defense: Defense,
+    view: View | None,
+    x: Tensor,
+    y: Tensor,
+    ids: Tensor,
+    *,
+    seed: int,
+    rows: int,
+    attacker: Defense | None = None,
+) -> list[Check]:
     """Run all checks on the first few images; at most about 2 % of a run.
 
     Args:
         defense: what is attacked.
-        view: what the attacker differentiates.
+        view: how the attacker differentiates; None for one that doesn't.
         x, y, ids: images, labels and ids, at least one.
         seed: the run's seed.
         rows: the fixed row count of every call.
+        attacker: what the attacker differentiates, if not the defense.
     """
     repeat = torch.arange(rows) % len(x)
     images = x[repeat]
@@ -127,7 +138,9 @@ def preflight(defense: Defense, view: View, x: Tensor, y: Tensor, ids: Tensor, *
             f"declared stochastic = {defense.stochastic}, but two draws differ by {spread:.3g}",
         ),
     ]  # fmt: skip
-    return checks + _gradient_checks(defense, view, x[:2], y[:2], Tape(seed, "preflight", ids[:2]))
+    if view is None:
+        return checks
+    return checks + _gradient_checks(attacker or defense, view, x[:2], y[:2], Tape(seed, "preflight", ids[:2]))
 
 
 def accuracy_check(classifier: nn.Module, x: Tensor, y: Tensor, expected: float, rows: int) -> Check:

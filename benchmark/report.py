@@ -89,13 +89,14 @@ def _compact(runs: list[dict[str, Any]]) -> str:
             displays.setdefault(attack, []).append(row["display"])
         whole = set(HEADLINE) <= set(map(_base, rows_of))
         one = _worst_row(group) if whole else next(iter(rows_of.values()))
+        view = "" if one["view"] == "exact" else f" (view {one['view']})"
         cells = [str(one[k]) for k in ("purifier", "classifier", "norm", "eps", "n", "draws")] + [
             _with_interval(one, "clean"),
             *(_percent(rows_of[a]["robust"]) if a in rows_of else "–" for a in attacks),
             _with_interval(one, "robust") if whole else "–",
             _percent(one["random_control"]),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join([cells[0] + view, *cells[1:]])} |")
     legend = [f"{a}: {' or '.join(dict.fromkeys(displays[a]))}" for a in attacks if a in displays]
     return "\n".join([*lines, "", f"{'; '.join(legend + _specs(runs))}."]) + "\n"
 
@@ -132,7 +133,7 @@ def comparison(reference: dict[str, Any], others: Iterable[dict[str, Any]]) -> l
     Raises:
         UsageError: if a run shares no image with the reference.
     """
-    table = []
+    table, others = [], list(others)
     for run in others:
         ids = {r["id"] for r in reference["records"]} & {r["id"] for r in run["records"]}
         if reference["identity"]["fingerprint"] != run["identity"]["fingerprint"] or not ids:
@@ -147,7 +148,7 @@ def comparison(reference: dict[str, Any], others: Iterable[dict[str, Any]]) -> l
             | {"view": run["identity"]["view"], "n": len(ids), "reference": float(ours.mean())}
             | {"robust": float(theirs.mean())}
             | stats.compare(theirs, ours)._asdict()
-            | {"detectable": stats.detectable(theirs, ours)}
+            | {"detectable": stats.detectable(theirs, ours, tests=len(others))}
         )
     for row, corrected in zip(table, stats.holm([row["p"] for row in table]), strict=True):
         row["p_holm"] = corrected
@@ -165,7 +166,7 @@ def render_comparison(table: list[dict[str, Any]]) -> str:
         difference = points(r["difference"], r["low"], r["high"])
         cells = [str(r[key]) for key in ("purifier", "classifier", "display", "view", "norm", "eps", "n")]
         cells += [_percent(r["robust"]), _percent(r["reference"]), difference]
-        cells += [f"{r['p']:.4f}", f"{r['p_holm']:.4f}", _percent(r["detectable"])]
+        cells += [f"{r['p']:.4f}", f"{r['p_holm']:.4f}", share(r["detectable"])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -287,7 +288,7 @@ def _markdown(table: list[dict[str, Any]], specs: Sequence[str] = ()) -> str:
         lines += [*_lines([r for r in table if r["norm"] == norm]), ""]
     datasets, seeds = sorted({r["dataset"] for r in table}), sorted({str(r["seed"]) for r in table})
     budgets = sorted({r["budget"] for r in table})
-    foreknown = any("knows the verdict" in r["display"] for r in table)
+    foreknown = any("noise=verdict" in r["view"] for r in table)
     lines += [
         f"{', '.join(datasets)}; budget {', '.join(budgets)}; seed {', '.join(seeds)}. Accuracy is the mean over fresh "
         f"verdict draws that no attack saw{', unless its row says so' if foreknown else ''}; clean accuracy stands "
@@ -327,6 +328,11 @@ def _lines(table: list[dict[str, Any]]) -> list[str]:
 
 def _with_interval(row: dict[str, Any], key: str) -> str:
     return f"{_percent(row[key])} [{_percent(row[f'{key}_low'])}, {_percent(row[f'{key}_high'])}]"
+
+
+def share(value: float | None) -> str:
+    """A fraction in percent, or a dash where it is unknown."""
+    return "–" if value is None else _percent(value)
 
 
 def points(difference: float, low: float, high: float) -> str:

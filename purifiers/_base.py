@@ -69,6 +69,8 @@ class Purifier(nn.Module):
     """Whether two draws on the same input differ. Declared here, verified by a contract test."""
     surrogates: ClassVar[tuple[str, ...]] = ()
     """Gradients besides the exact one that an attacker may choose, e.g. ("ste", "soft", "bypass")."""
+    encodes: bool = False
+    """Whether ``start`` encodes: its state is a code, and an attack may aim at the encoder alone."""
     dial: ClassVar[str | None] = None
     """The option that sets the strength, for comparisons at matched clean accuracy."""
     steps: int = 0

@@ -35,6 +35,7 @@ class VAE(Purifier):
 
     dial = "temperature"
     surrogates = ("mean",)
+    encodes = True
 
     def __init__(
         self,

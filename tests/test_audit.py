@@ -90,12 +90,13 @@ def test_looking_that_beats_gradients_fails_the_audit(tmp_path):
     document = audit.black_box(find_runs([tmp_path]))
     assert {p["black_box"] for p in document["pairs"]} == {"Square (200 queries)", "PGD-CE (40 it) from identity"}
     by = {(p["white_box"], p["black_box"].split()[0]): p for p in document["pairs"]}
-    weak, strong = by["PGD-CE (1 it)", "Square"], by["PGD-CE (40 it)", "Square"]
+    weak, strong = by["PGD-CE (1 it) [step=0.001, random_start=false]", "Square"], by["PGD-CE (40 it)", "Square"]
     assert weak["p"] < 0.01 and weak["difference"] > 0 and strong["p"] > 0.4 and strong["difference"] <= 0
     assert weak["n"] == 16 and weak["white"] - weak["black"] == pytest.approx(weak["difference"])
-    assert weak["detectable"] == pytest.approx(stats.detectable(*_shares(tmp_path, "pgd:steps=1", "square")))
+    shares = _shares(tmp_path, "pgd:steps=1", "square")
+    assert weak["detectable"] == pytest.approx(stats.detectable(*shares, tests=4, one_sided=True))
     (check,) = document["checks"]
-    assert check["status"] == "fail" and "PGD-CE (1 it) than Square (200 queries)" in check["value"]
+    assert check["status"] == "fail" and "random_start=false] than Square (200 queries)" in check["value"]
     assert "PGD-CE (40 it) than" not in check["value"]
     assert "| p (white weaker) | detectable |" in audit.render(document)
 
@@ -121,6 +122,11 @@ def test_the_command_prints_a_table_or_one_object(tmp_path, capsys):
     assert "is no audit" in capsys.readouterr().err
     assert cli.main(["audit", "--only", "gradients", str(tmp_path)]) == cli.USAGE
     assert "takes no folders" in capsys.readouterr().err
+    for useless in (["--view", "bpda"], ["--attacker", "identity"], ["--attack", "transfer"]):
+        assert (
+            cli.main(["audit", "--only", "gradients", "--purifier", "vae", "--n-examples", "2", *useless]) == cli.USAGE
+        )
+        assert "tries every view itself" in capsys.readouterr().err
     x = 0.3 + 0.4 * images(4, dtype=torch.float32)
     evaluate(Defense(Rounds(), model()), (x, torch.zeros(4).long()), "pgd:steps=1", eps="1/32", n=4, out=tmp_path,
              quiet=True)  # fmt: skip
@@ -147,11 +153,14 @@ def test_a_difference_of_the_detectable_size_is_noticed_in_four_of_five_cases():
         b = rng.random(64)
         a = b + rng.normal(0, 0.2, 64)
         size = 2.4865 * 0.2 / 8  # (z_0.95 + z_0.80) sd / sqrt(n)
-        sizes.append(stats.detectable(a, b))
+        sizes.append(stats.detectable(a, b, one_sided=True))
         noticed.append(stats.compare(a + size, b, one_sided=True, resamples=500).p < 0.05)
     assert np.mean(sizes) == pytest.approx(size, rel=0.03)
     assert 0.72 < np.mean(noticed) < 0.88
-    assert stats.detectable(np.ones(1), np.zeros(1)) == float("inf")
+    assert stats.detectable(np.ones(1), np.zeros(1)) is None and stats.detectable(np.ones(9), np.zeros(9)) is None
+    assert (
+        stats.detectable(a, b, tests=30) > 1.3 * stats.detectable(a, b) > 1.4 * stats.detectable(a, b, one_sided=True)
+    )
 
 
 def test_holm_by_hand():

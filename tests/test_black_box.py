@@ -71,7 +71,6 @@ def _run_to_the_end(package, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """The package stops at the first wrong answer; a label that is never given makes it use all its queries."""
     z = package.predict
     package.predict = lambda v: torch.cat([z(v), z(v).amax(1, keepdim=True) + 1e6], 1)
-    shifted = package.margin_and_loss
 
     def without_the_decoy(v, labels):
         logits = z(v)
@@ -80,7 +79,6 @@ def _run_to_the_end(package, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return torch.full_like(own, 1.0), own - rest
 
     package.margin_and_loss = without_the_decoy
-    assert shifted is not None
     return package.attack_single_run(x, y)[1]
 
 

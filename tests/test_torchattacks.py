@@ -6,11 +6,13 @@ import inspect
 import sys
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torchattacks
 
 from attacks import NORMS, VIEWS, Victim
+from attacks._gradient import margin
 from attacks.torchattacks import TorchAttacks
 from benchmark import cli, evaluate, registry
 from benchmark.errors import UsageError
@@ -71,6 +73,10 @@ def test_any_other_runs_inside_the_ball_and_repeats(name, sigma):
         assert (first.distances <= threat.bound).all()
         assert torch.equal(first.candidates, second.candidates)
         assert first.forwards > 0
+        if sigma == 0 and not component.black_box and not component.restricted:
+            with torch.no_grad():
+                gained = margin(model(first.candidates[0]), y) - margin(model(x), y)
+            assert gained.min() > -1e-6 and gained.max() > 0, f"{name} doesn't attack"
 
 
 def test_iterations_are_told_and_printed(tmp_path):
@@ -91,6 +97,26 @@ def test_a_norm_that_the_attack_does_not_search_is_an_error(capsys):
     assert "searches under L2, not under Linf" in capsys.readouterr().err
     assert cli.main(["plan", "--attack", "torchattacks:PGD,stepz=3"]) == cli.USAGE
     assert "did you mean steps" in capsys.readouterr().err
+
+
+def test_options_that_the_package_cannot_run_are_told_before_the_run(capsys):
+    for spec, reason in (("EADEN,steps=5", "ZeroDivisionError"), ("TIFGSM,kernel_name=foo", "NotImplementedError")):
+        assert cli.main(["plan", "--attack", f"torchattacks:{spec}"]) == cli.USAGE
+        assert reason in capsys.readouterr().err
+
+
+def test_its_cost_is_counted_and_its_seed_is_the_runs(tmp_path):
+    assert registry.load("attacks", "torchattacks", "VMIFGSM")(steps=5, N=5).cost == (30, 30)
+    square = registry.load("attacks", "torchattacks", "Square")
+    assert square.black_box and not registry.load("attacks", "torchattacks", "PGD").black_box
+    x, y = images(4, dtype=torch.float32), torch.arange(4)
+    defense, spec = undefended(classifier().float()), "torchattacks:Square,queries=30"
+    y = defense(x).argmax(1)
+    found = [
+        np.load(evaluate(defense, (x, y), spec, eps="0.5", n=4, seed=seed, out=tmp_path, quiet=True).folder
+                / "adversarial.npy") for seed in (0, 1)
+    ]  # fmt: skip
+    assert not np.array_equal(*found)
 
 
 def test_without_the_package_the_remedy_is_named(monkeypatch):
