@@ -45,6 +45,8 @@ def searching(cases: list[str]) -> list:
     return [pytest.param(text, norm, id=f"{text}-{norm}") for text in cases for norm in component_of(text).norms]
 
 
+ANYWHERE = [text for text in ATTACKS if text != "encoder"]
+"""All but the one that asks for a purifier that encodes."""
 OURS = [text for text in ATTACKS if small(text).package(True) is None]
 AIMING = [
     text for text in ATTACKS
@@ -93,6 +95,10 @@ def test_an_attack_on_a_stochastic_defense_stays_inside_and_leaves_no_trace(name
     threat, before = NORMS[norm](EPS[norm]), generators()
     kept = x.clone(), {k: v.clone() for k, v in defense.state_dict().items()}
     attack, victim = small(name, steps=3), victim_of(defense, torch.arange(4))
+    if name == "encoder" and purifier == "diffpure":
+        with pytest.raises(NotApplicable):
+            attack.perturb(x, y, victim, threat)
+        return
     found = attack.perturb(x, y, victim, threat)
     assert generators() == before
     assert torch.equal(x, kept[0]) and all(torch.equal(v, kept[1][k]) for k, v in defense.state_dict().items())
@@ -139,7 +145,7 @@ def test_an_attack_takes_every_view_and_attacker(name, view, make):
 
 
 @given(
-    case=st.sampled_from([case.values for case in searching(ATTACKS)]),
+    case=st.sampled_from([case.values for case in searching(ANYWHERE)]),
     eps=st.fractions(0, 1, max_denominator=255),
     x=hnp.arrays(np.float32, (2, 1, 6, 6), elements=st.sampled_from([0.0, 1e-30, 8 / 255, 0.5, 1 - 8 / 255, 1.0])),
 )
@@ -278,7 +284,7 @@ def test_on_a_deterministic_linear_model_the_verdict_is_the_exact_one(name, norm
         assert torch.equal(found.package_correct[decided], robust[decided])
 
 
-@pytest.mark.parametrize("name, norm", searching(ATTACKS))
+@pytest.mark.parametrize("name, norm", searching(ANYWHERE))
 def test_no_radius_no_change(name, norm):
     x, y = images(4, dtype=torch.float32), torch.arange(4)
     threat = NORMS[norm](Fraction(0))

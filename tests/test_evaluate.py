@@ -630,7 +630,7 @@ def test_few_classes(classes, tmp_path):
     result = evaluate(defense, attack="pgd:steps=2", **settings)
     assert result.rows[0]["clean"] == 1 and result.rows[0]["robust"] < 1
     if classes == 2:
-        with pytest.raises(UsageError, match="need at least 4 classes, the classifier has 2; pgd"):
+        with pytest.raises(UsageError, match="need at least 4 classes, the classifier has 2; aim at fewer"):
             evaluate(defense, attack="autoattack", **settings)
     else:
         result = evaluate(defense, attack="autoattack", **settings)

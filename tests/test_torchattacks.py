@@ -6,7 +6,6 @@ import inspect
 import sys
 from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
 import torchattacks
@@ -105,18 +104,24 @@ def test_options_that_the_package_cannot_run_are_told_before_the_run(capsys):
         assert reason in capsys.readouterr().err
 
 
-def test_its_cost_is_counted_and_its_seed_is_the_runs(tmp_path):
+def test_its_cost_is_counted_and_its_seed_is_the_runs(tmp_path, monkeypatch):
     assert registry.load("attacks", "torchattacks", "VMIFGSM")(steps=5, N=5).cost == (30, 30)
     square = registry.load("attacks", "torchattacks", "Square")
     assert square.black_box and not registry.load("attacks", "torchattacks", "PGD").black_box
+    seeds, made = [], TorchAttacks._made
+
+    def seen(self, model, norm, bound, seed, classes):
+        seeds.append(seed)
+        return made(self, model, norm, bound, seed, classes)
+
+    attack = square(queries=3)
+    monkeypatch.setattr(TorchAttacks, "_made", seen)
     x, y = images(4, dtype=torch.float32), torch.arange(4)
-    defense, spec = undefended(classifier().float()), "torchattacks:Square,queries=30"
-    y = defense(x).argmax(1)
-    found = [
-        np.load(evaluate(defense, (x, y), spec, eps="0.5", n=4, seed=seed, out=tmp_path, quiet=True).folder
-                / "adversarial.npy") for seed in (0, 1)
-    ]  # fmt: skip
-    assert not np.array_equal(*found)
+    for seed, first in ((0, 0), (1, 0), (1, 32)):
+        of = victim(undefended(classifier().float()), 4)
+        of.tape = Tape(seed, "attack", first + torch.arange(4))
+        attack.perturb(x, y, of, NORMS["Linf"](Fraction(1, 16)))
+    assert len(set(seeds)) == 3
 
 
 def test_without_the_package_the_remedy_is_named(monkeypatch):
