@@ -22,7 +22,7 @@ class DiffAttack(PGD):
     the gradient goes through both. All times weigh alike.
 
     Args:
-        weight: of the deviation beside the loss; where an image is confidently right, the loss has a small gradient, and
+        weight: of the deviation beside the loss; where an image is confidently right the loss has a small gradient, and
             a large weight climbs the deviation alone.
         steps, eot, step, step_size, loss, restarts, random_start, iterate, sign: as for ``pgd``.
 
