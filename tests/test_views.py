@@ -13,6 +13,7 @@ from torch.nn.functional import cosine_similarity
 from attacks import VIEWS, NotApplicable
 from attacks._adjoint import Adjoint
 from attacks._views import BPDA, Blind, Exact, Surrogate, Watched
+from benchmark import cli
 from purifiers import Defense, Tape
 from purifiers.diffpure import DiffPure
 from tests.conftest import CASES, classifier, images
@@ -333,3 +334,36 @@ def test_the_surrogates_stages_are_seen_and_a_view_without_stages_shows_none(mak
     assert (
         torch.equal(Watched(Exact(), lambda *of: foreign.append(of))(torch.nn.Identity(), X, None), X) and not foreign
     )
+
+
+# On the command line
+
+
+def test_a_view_is_asked_of_the_attacker_and_not_of_the_defense(tmp_path, capsys):
+    """What is differentiated has the capability; the defense that is judged needs none."""
+    common = ["--attack", "pgd:steps=1,eot=1", "--n-examples", "2", "--batch-size", "32", "--out", str(tmp_path)]
+    attacker = ["--attacker", "diffpure:rule=sde,steps=2,t_star=0.1"]
+    assert cli.main(["run", "--purifier", "identity", *attacker, "--view", "adjoint", *common]) == cli.DONE
+    assert "| adjoint@diffpure:" in capsys.readouterr().out
+    assert cli.main(["run", "--purifier", "diffpure", "--view", "surrogate:gradient=mean", *common]) == cli.USAGE
+    assert "DiffPure has no surrogate gradient 'mean'; it offers none" in capsys.readouterr().err
+
+
+def test_an_attacker_that_draws_averages_draws_on_a_defense_that_does_not(tmp_path, capsys):
+    common = ["--purifier", "vae:temperature=0", "--n-examples", "2", "--batch-size", "32", "--out", str(tmp_path)]
+    assert cli.main(["run", *common, "--attack", "transfer:source=vae,steps=1"]) == cli.DONE
+    line = next(line for line in capsys.readouterr().out.splitlines() if "PGD-CE" in line)
+    assert "PGD-CE (1 it, EOT 4) from vae" in line and "| 2 | 1 |" in line  # two images, one draw judges
+
+
+def test_what_only_looks_is_not_refused_for_a_gradient_that_vanishes(tmp_path, capsys):
+    rounding = tmp_path / "rounding.py"
+    rounding.write_text(
+        "from purifiers import Purifier\n\n\nclass Rounding(Purifier):\n    stochastic = False\n\n"
+        "    def start(self, x, noise):\n        return (15 * x).round() / 15, None\n\n"
+        "    def finish(self, state, context):\n        return state\n"
+    )
+    common = ["--purifier", f"file:{rounding}", "--n-examples", "2", "--out", str(tmp_path / "out")]
+    assert cli.main(["run", *common, "--attack", "square:queries=2"]) == cli.DONE
+    assert cli.main(["run", *common, "--attack", "pgd:steps=2"]) == cli.FAILED
+    assert "zero-gradients" in capsys.readouterr().err
