@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attacks import NotApplicable, Victim
 from attacks._gradient import ce
-from benchmark import registry, report, stats
+from benchmark import registry, report, stats, writers
 from benchmark.errors import UsageError
 from benchmark.preflight import Check, finite_difference_error
 from benchmark.views import View
@@ -108,7 +108,7 @@ def _render_gradients(found: dict[str, Any]) -> str:
         if r["status"] == "n/a":
             lines.append(f"| {r['view']} | not applicable: {r['why']} | – | – | – |")
             continue
-        difference = "–" if r["view"] == "exact" else report.points(r["difference"], r["low"], r["high"])
+        difference = "–" if r["view"] == "exact" else writers.points(r["difference"], r["low"], r["high"])
         lines.append(
             f"| {r['view']} | {_text(r['cosine'], '.3f')} ({_text(r['cosine_low'], '.3f')}) | "
             f"{_text(r['norm_ratio'], '.3g')} | {100 * r['robust']:.1f} | {difference} |"
@@ -210,7 +210,7 @@ def _render_black_box(pairs: Sequence[dict[str, Any]]) -> str:
     for p in pairs:
         cells = [str(p[k]) for k in ("purifier", "classifier", "white_box", "black_box", "norm", "eps", "n")]
         cells += [f"{100 * p[k]:.1f}" for k in ("white", "black")]
-        cells += [report.points(p["difference"], p["low"], p["high"]), f"{p['p']:.4f}", report.share(p["detectable"])]
+        cells += [writers.points(p["difference"], p["low"], p["high"]), f"{p['p']:.4f}", writers.share(p["detectable"])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

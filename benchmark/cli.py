@@ -64,9 +64,14 @@ def parser() -> argparse.ArgumentParser:
 
     report = _command(commands, "report", _report, "tables from recorded runs")
     report.add_argument("paths", nargs="*", default=["results"], metavar="FOLDER", help="folders with runs (results)")
-    report.add_argument("--format", choices=("md", "csv", "json"), default="md")
+    report.add_argument("--format", choices=("md", "csv", "latex", "json"), default="md")
     report.add_argument(
-        "--worst-case", action=argparse.BooleanOptionalAction, help="the row over attacks (default: in md only)"
+        "--rule", default="mean", help="what an accuracy is: mean, majority, worst, any or mean-logits (mean)"
+    )
+    report.add_argument("--columns", metavar="NAMES", help="only these, e.g. purifier,attack,robust; not in latex")
+    report.add_argument("--sort", metavar="COLUMN", help="order rows by a column; descending as --sort=-COLUMN")
+    report.add_argument(
+        "--worst-case", action=argparse.BooleanOptionalAction, help="the row over attacks (default: in md and latex)"
     )
 
     report.add_argument("--compact", action="store_true", help="Markdown, a line per defense and radius")
@@ -208,7 +213,7 @@ def _cells(arguments: argparse.Namespace) -> Any:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from benchmark import report
+    from benchmark import report, writers
     from benchmark.cell import Incomplete
     from benchmark.results import read_run
 
@@ -225,7 +230,7 @@ def _run(arguments: argparse.Namespace) -> int:
         except Incomplete:
             return _complain(f"stopped after {arguments.stop_after:g} s; the same command continues", INCOMPLETE)
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
-    print(report.render(report.rows(runs, worst_case=True), "md", runs), end="")
+    print(writers.render(report.table(runs, worst_case=True), "md"), end="")
     print(f"records: {arguments.out}", file=sys.stderr)
     return DONE
 
@@ -251,27 +256,29 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from benchmark import report
+    from benchmark import report, writers
     from benchmark.results import find_runs
 
     if arguments.compact:
-        print(report.compact(find_runs(arguments.paths)), end="")
+        print(writers.compact(find_runs(arguments.paths)), end="")
         return DONE
-    worst = arguments.format == "md" if arguments.worst_case is None else arguments.worst_case
+    worst = arguments.format in ("md", "latex") if arguments.worst_case is None else arguments.worst_case
     runs = find_runs(arguments.paths)
-    print(report.render(report.rows(runs, worst_case=worst), arguments.format, runs), end="")
+    table = report.table(runs, worst_case=worst, rule=arguments.rule)
+    columns = arguments.columns.split(",") if arguments.columns else ()
+    print(writers.render(table, arguments.format, columns=columns, sort=arguments.sort), end="")
     return DONE
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from benchmark import report
+    from benchmark import report, writers
     from benchmark.results import find_runs
 
     reference, *more = find_runs([arguments.reference])
     if more:
         raise UsageError(f"{arguments.reference} holds {1 + len(more)} runs: name the folder of one")
     table = report.comparison(reference, find_runs(arguments.others))
-    print(json.dumps(table, indent=2) + "\n" if arguments.json else report.render_comparison(table), end="")
+    print(json.dumps(table, indent=2) + "\n" if arguments.json else writers.comparison(table), end="")
     return DONE
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterable, Sequence
-from fractions import Fraction
-from typing import Any
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from benchmark import stats
 from benchmark.errors import UsageError
@@ -28,95 +26,91 @@ HEADLINE = ("pgd", "autoattack")
 """The attacks whose worst case is the headline of a stochastic defense."""
 
 
-def rows(runs: Iterable[dict[str, Any]], *, worst_case: bool = False) -> list[dict[str, Any]]:
-    """The rows of ``report --format json``: accuracies are fractions, unknown values None.
+RULES = {
+    "mean": "the mean over fresh verdict draws{seen}",
+    "majority": "the share of images that the majority of fresh verdict draws{seen} gets right (a tie is wrong)",
+    "worst": "the share of images that all fresh verdict draws{seen} get right",
+    "any": "the share of images of which the attack's loop saw no wrong draw (clean: of as many draws at x itself)",
+    "mean-logits": "the share of images that the mean logits of fresh verdict draws{seen} get right",
+}
+"""What an accuracy is, by rule; clean accuracy stands under the same one."""
+
+
+class Table(NamedTuple):
+    """Rows of a report, and what a writer needs to hold them against each other.
+
+    Attributes:
+        rows: as ``report --format json`` prints them.
+        scores: per row the robust accuracy of each image by its id, under the table's rule; empty where it is unknown.
+        runs: the runs that the rows are of.
+        rule: one of ``RULES``.
+    """
+
+    rows: list[dict[str, Any]]
+    scores: list[dict[int, float]] = []
+    runs: list[dict[str, Any]] = []
+    rule: str = "mean"
+
+
+def rows(runs: Iterable[dict[str, Any]], *, worst_case: bool = False, rule: str = "mean") -> list[dict[str, Any]]:
+    """The rows of ``table``."""
+    return table(runs, worst_case=worst_case, rule=rule).rows
+
+
+def table(runs: Iterable[dict[str, Any]], *, worst_case: bool = False, rule: str = "mean") -> Table:
+    """A row per run: accuracies are fractions, unknown values None.
 
     With ``worst_case``, each group of runs that differ only in the attack gets one more row: per image the attack with
     the fewest correct ``select`` draws, judged by *its* verdict draws. Verdict draws choose nothing.
-    """
-    runs = [r for r in runs if r["records"]]
-    table = [_row(run, run["records"]) for run in runs]
-    if worst_case:
-        for group in groups(runs):
-            if len(group) > 1:
-                table.append(_worst_row(group))
-    return table
-
-
-def render(table: list[dict[str, Any]], form: str, runs: Sequence[dict[str, Any]] = ()) -> str:
-    """The rows as "md", "csv" or "json"; Markdown also says what the names of the runs' purifiers stand for.
 
     Raises:
-        UsageError: for another format.
+        UsageError: for an unknown rule.
     """
-    if form == "json":
-        return json.dumps(table, indent=2) + "\n"
-    if form == "csv":
-        buffer = io.StringIO()
-        pd.DataFrame(table, columns=list(COLUMNS)).to_csv(buffer, index=False, lineterminator="\n")
-        return buffer.getvalue()
-    if form == "md":
-        return _markdown(table, _specs(runs))
-    raise UsageError(f"--format {form}: known formats are md, csv, json")
-
-
-def compact(runs: Iterable[dict[str, Any]]) -> str:
-    """A Markdown line per defense and radius, over the images that all its attacks have, a table per threat model.
-
-    Clean accuracy, each attack beside the other, and their worst case where both attacks of the headline are there.
-    """
+    if rule not in RULES:
+        raise UsageError(f"--rule {rule}: known rules are {', '.join(RULES)}")
     runs = [r for r in runs if r["records"]]
-    norms = sorted({run["identity"]["norm"] for run in runs})
-    return "\n".join(_compact([run for run in runs if run["identity"]["norm"] == norm]) for norm in norms)
+    chosen = [(run, run["records"]) for run in runs]
+    if worst_case:
+        chosen += [worst_of(group) for group in groups(runs) if len(group) > 1]
+    known = [scores(run, records, "adv", rule) for run, records in chosen]
+    by_id = [
+        {} if one is None else {r["id"]: float(v) for r, v in zip(records, one, strict=True)}
+        for (_, records), one in zip(chosen, known, strict=True)
+    ]
+    return Table([row(run, records, rule) for run, records in chosen], by_id, runs, rule)
 
 
-def _compact(runs: list[dict[str, Any]]) -> str:
-    """``compact`` of one threat model."""
-    used = {run["names"]["attack"] for run in runs}
-    attacks = sorted(used, key=lambda a: (_base(a) not in HEADLINE, _base(a) != HEADLINE[0], a))
-    head = [*"purifier classifier norm eps n draws".split(), "clean % [95 %]", *(f"{a} %" for a in attacks)]
-    head += ["worst case % [95 %]", "random noise %"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    displays: dict[str, list[str]] = {}
-    for group in sorted(groups(runs), key=_order):
-        ids = set.intersection(*({r["id"] for r in run["records"]} for run in group))
-        rows_of = {
-            run["names"]["attack"]: _row(run, [r for r in run["records"] if r["id"] in ids]) for run in group if ids
-        }
-        if not rows_of:
-            continue
-        for attack, row in rows_of.items():
-            displays.setdefault(attack, []).append(row["display"])
-        whole = set(HEADLINE) <= set(map(_base, rows_of))
-        one = _worst_row(group) if whole else next(iter(rows_of.values()))
-        view = "" if one["view"] == "exact" else f" (view {one['view']})"
-        cells = [str(one[k]) for k in ("purifier", "classifier", "norm", "eps", "n", "draws")] + [
-            _with_interval(one, "clean"),
-            *(_percent(rows_of[a]["robust"]) if a in rows_of else "–" for a in attacks),
-            _with_interval(one, "robust") if whole else "–",
-            _percent(one["random_control"]),
-        ]
-        lines.append(f"| {' | '.join([cells[0] + view, *cells[1:]])} |")
-    legend = [f"{a}: {' or '.join(dict.fromkeys(displays[a]))}" for a in attacks if a in displays]
-    return "\n".join([*lines, "", f"{'; '.join(legend + _specs(runs))}."]) + "\n"
+def scores(run: dict[str, Any], records: list[dict[str, Any]], key: str, rule: str) -> np.ndarray | None:
+    """How right each image is under a rule, in [0, 1]; None where the records can't tell.
+
+    Args:
+        run, records: of which.
+        key: "clean", "adv" or "random".
+        rule: one of ``RULES``; "mean-logits" needs the logits beside the records, "any" an attack that watched.
+    """
+    label, predicted = np.array([r["label"] for r in records]), _predicted(records, key)
+    correct = predicted == label[:, None]
+    if rule in ("mean", "worst"):
+        return {"mean": stats.mean_rule, "worst": stats.worst_rule}[rule](correct)
+    if rule == "majority":
+        return stats.majority_rule(predicted, label)
+    if rule == "any":
+        fact = {"adv": lambda r: r["broken_at"] < 0, "clean": lambda r: r["null_wrong"] == 0}.get(key)
+        return np.array([float(fact(r)) for r in records]) if fact and _watched(run) else None
+    path = Path(str(run["folder"])) / "logits.npz"
+    if run["names"]["attack"] == WORST or not path.is_file():
+        return None
+    with np.load(path) as stored:
+        place = {int(i): k for k, i in enumerate(stored["id"])}
+        mean = stored[key][[place[r["id"]] for r in records]].mean(1)
+    return ((mean.argmax(1) == label) & np.isfinite(mean).all(1)).astype(float)
 
 
-def _base(attack: str) -> str:
-    """The name in an attack's spec."""
-    return attack.split(":")[0]
-
-
-def _specs(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """What the names of purifiers stand for, where they have options."""
-    specs = {run["names"]["purifier"]: run["identity"]["purifier"] for run in runs}
-    return [f"{name} is {spec}" for name, spec in sorted(specs.items()) if name != spec.removesuffix(":rounds=1")]
-
-
-def _order(group: list[dict[str, Any]]) -> tuple:
-    identity, names = group[0]["identity"], group[0]["names"]
-    eps = float(Fraction(identity["eps"]))
-    known = [names["purifier"] == p for p in ("identity", "vae", "diffpure")]
-    return identity["norm"], eps, [not k for k in known], names["purifier"], names["classifier"]
+def _watched(run: dict[str, Any]) -> bool:
+    """Whether the any-iteration rule may speak: of draws of the defense itself, seen in the loop of one attack."""
+    identity = run["identity"]
+    seen = run.get("watched", identity["view"] != "blind" and not identity["attacker"])
+    return bool(run["stochastic"] and run["names"]["attack"] != WORST and seen)
 
 
 def shares(records: list[dict[str, Any]], key: str = "adv") -> np.ndarray:
@@ -155,33 +149,19 @@ def comparison(reference: dict[str, Any], others: Iterable[dict[str, Any]]) -> l
     return table
 
 
-def render_comparison(table: list[dict[str, Any]]) -> str:
-    """The comparison as Markdown, in points."""
-    lines = [
-        "| purifier | classifier | attack | view | norm | eps | n | robust % | reference % | difference [95 %] | p | "
-        "p (Holm) | detectable |",
-        "|" + "---|" * 13,
-    ]
-    for r in table:
-        difference = points(r["difference"], r["low"], r["high"])
-        cells = [str(r[key]) for key in ("purifier", "classifier", "display", "view", "norm", "eps", "n")]
-        cells += [_percent(r["robust"]), _percent(r["reference"]), difference]
-        cells += [f"{r['p']:.4f}", f"{r['p_holm']:.4f}", share(r["detectable"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _row(run: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+def row(run: dict[str, Any], records: list[dict[str, Any]], rule: str = "mean") -> dict[str, Any]:
+    """One row of a report."""
     identity, names = run["identity"], run["names"]
     label = np.array([r["label"] for r in records])
-    clean, adv, random = (_predicted(records, key) for key in ("clean", "adv", "random"))
+    clean, adv = (_predicted(records, key) for key in ("clean", "adv"))
     draws = adv.shape[1]
-    clean_accuracy = stats.accuracy(stats.mean_rule(clean == label[:, None]), draws)
-    robust = stats.accuracy(stats.mean_rule(adv == label[:, None]), draws)
+    accuracies: dict[str, stats.Interval | tuple[None, None, None]] = {}
+    for key in ("clean", "adv"):
+        known = scores(run, records, key, rule)
+        worth = draws if rule == "mean" else 1  # any other rule says one thing of an image
+        accuracies[key] = (None, None, None) if known is None else stats.accuracy(known, worth)
     broken = np.array([r["broken_at"] for r in records]) >= 0
-    # the any-iteration rule speaks of draws of the defense itself, seen in the loop of one attack
-    seen = run.get("watched", identity["view"] != "blind" and not identity["attacker"])
-    watched = run["stochastic"] and names["attack"] != WORST and seen
+    watched, control = _watched(run), scores(run, records, "random", rule)
     copies = "" if identity["copies"] == 1 else f" × {identity['copies']} ({identity['combine']})"
     notes = [] if run.get("preflight", True) else ["no preflight"]
     notes += [f"noise: {run['noise']}"] if run["stochastic"] and run.get("noise", "keyed") != "keyed" else []
@@ -200,22 +180,17 @@ def _row(run: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
         "n": len(records),
         "draws": draws,
         "seed": identity["seed"],
-        "clean": clean_accuracy.mean,
-        "clean_low": clean_accuracy.low,
-        "clean_high": clean_accuracy.high,
-        "robust": robust.mean,
-        "robust_low": robust.low,
-        "robust_high": robust.high,
+        **dict(zip(("clean", "clean_low", "clean_high"), accuracies["clean"], strict=True)),
+        **dict(zip(("robust", "robust_low", "robust_high"), accuracies["adv"], strict=True)),
         "clean_majority": float(stats.majority_rule(clean, label).mean()),
         "robust_majority": float(stats.majority_rule(adv, label).mean()),
         "clean_worst": float(stats.worst_rule(clean == label[:, None]).mean()),
         "robust_worst": float(stats.worst_rule(adv == label[:, None]).mean()),
         "robust_any_iteration": float((~broken).mean()) if watched else None,
         "null_floor": float(np.mean([r["null_wrong"] == 0 for r in records])) if watched else None,
-        "random_control": float((random == label[:, None]).mean()),
+        "random_control": None if control is None else float(control.mean()),
         "nfe": run["nfe"],
-        "forwards": float(np.mean([r["forwards"] for r in records])),
-        "backwards": float(np.mean([r["backwards"] for r in records])),
+        **{cost: run.get(cost, float(np.mean([r[cost] for r in records]))) for cost in ("forwards", "backwards")},
         "seconds_per_image": run["seconds"] / len(records) if run["seconds"] else None,
         "grade": None,
         "run": str(run["folder"]),
@@ -236,7 +211,8 @@ def groups(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return list(found.values())
 
 
-def _worst_row(group: list[dict[str, Any]]) -> dict[str, Any]:
+def worst_of(group: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The worst case over the attacks of a group, as a run and its records."""
     ids = set.intersection(*({r["id"] for r in run["records"]} for run in group))
     common = sorted(ids)
     # a tie goes to the attack that is stronger on the whole, by select draws
@@ -258,10 +234,9 @@ def _worst_row(group: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds": sum(run["seconds"] for run in group),
         "folder": " + ".join(str(run["folder"]) for run in group),
     }
-    row = _row(merged, chosen)
     for cost in ("forwards", "backwards"):
-        row[cost] = float(sum(np.mean([records[i][cost] for i in common]) for records in by_id))
-    return row
+        merged[cost] = float(sum(np.mean([records[i][cost] for i in common]) for records in by_id))
+    return merged, chosen
 
 
 def _survival_of(run: dict[str, Any], ids: set[int]) -> float:
@@ -275,75 +250,3 @@ def _survival(record: dict[str, Any]) -> float:
 
 def _predicted(records: list[dict[str, Any]], key: str) -> np.ndarray:
     return np.array([r[key] for r in records])
-
-
-def _markdown(table: list[dict[str, Any]], specs: Sequence[str] = ()) -> str:
-    """Tables to read, one per threat model: accuracies in percent with their 95 % intervals."""
-    if not table:
-        return "no finished example yet\n"
-    norms = list(dict.fromkeys(r["norm"] for r in table))
-    lines = []
-    for norm in norms:
-        lines += [f"**{norm}**", ""] if len(norms) > 1 else []
-        lines += [*_lines([r for r in table if r["norm"] == norm]), ""]
-    datasets, seeds = sorted({r["dataset"] for r in table}), sorted({str(r["seed"]) for r in table})
-    budgets = sorted({r["budget"] for r in table})
-    foreknown = any("noise=verdict" in r["view"] for r in table)
-    lines += [
-        f"{', '.join(datasets)}; budget {', '.join(budgets)}; seed {', '.join(seeds)}. Accuracy is the mean over fresh "
-        f"verdict draws that no attack saw{', unless its row says so' if foreknown else ''}; clean accuracy stands "
-        "under the same rule. Intervals are 95 % Wilson over "
-        "images and draws, and say nothing about training seeds. Any iteration: no draw in the attack's loop was ever "
-        "wrong; its null floor is what that rule reads at x itself. s/image is wall time; draws at x "
-        "are shared between the attacks of a defense.",
-        *([f"{'; '.join(specs)}."] if specs else []),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _lines(table: list[dict[str, Any]]) -> list[str]:
-    """One Markdown table, head and rows."""
-    head = (
-        "purifier | classifier | attack | view | norm | eps | n | draws | clean % [95 %] | robust % [95 %] | "
-        "majority clean / robust | worst draw clean / robust | "
-        "any iteration (null floor) | random noise | NFE | s/image"
-    )
-    lines = [f"| {head} |", "|" + "---|" * (head.count(" | ") + 1)]
-    for r in table:
-        any_iteration = "–"
-        if r["robust_any_iteration"] is not None:
-            any_iteration = f"{_percent(r['robust_any_iteration'])} ({_percent(r['null_floor'])})"
-        seconds = "–" if r["seconds_per_image"] is None else _two_digits(r["seconds_per_image"])
-        cells = [
-            r["purifier"], r["classifier"], r["display"], r["view"], r["norm"], r["eps"], str(r["n"]), str(r["draws"]),
-            _with_interval(r, "clean"),
-            _with_interval(r, "robust"),
-            f"{_percent(r['clean_majority'])} / {_percent(r['robust_majority'])}",
-            f"{_percent(r['clean_worst'])} / {_percent(r['robust_worst'])}",
-            any_iteration, _percent(r["random_control"]), str(r["nfe"]), seconds,
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
-    return lines
-
-
-def _with_interval(row: dict[str, Any], key: str) -> str:
-    return f"{_percent(row[key])} [{_percent(row[f'{key}_low'])}, {_percent(row[f'{key}_high'])}]"
-
-
-def share(value: float | None) -> str:
-    """A fraction in percent, or a dash where it is unknown."""
-    return "–" if value is None else _percent(value)
-
-
-def points(difference: float, low: float, high: float) -> str:
-    """A difference of accuracies with its interval, in percentage points."""
-    return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-
-
-def _two_digits(value: float) -> str:
-    """A number to two digits, without an exponent."""
-    return f"{float(f'{value:.2g}'):g}"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"

@@ -15,7 +15,7 @@ from scipy.stats import binom, norm
 from torch import Tensor, nn
 
 from attacks import NORMS
-from benchmark import cli, data, evaluate, loaders, report, stats
+from benchmark import cli, data, evaluate, loaders, report, stats, writers
 from benchmark.cell import Result
 from benchmark.errors import RunError, UsageError
 from benchmark.results import find_runs
@@ -378,9 +378,9 @@ def test_records_hold_the_facts_of_each_image(tmp_path, lively, images):
 def test_rows_are_the_same_in_every_format(null_runs):
     rows = report.rows(null_runs, worst_case=True)
     assert all(list(row) == report.COLUMNS for row in rows)
-    assert json.loads(report.render(rows, "json")) == rows
+    assert json.loads(writers.render(report.Table(rows), "json")) == rows
 
-    table = list(csv.DictReader(io.StringIO(report.render(rows, "csv"))))
+    table = list(csv.DictReader(io.StringIO(writers.render(report.Table(rows), "csv"))))
     assert list(table[0]) == report.COLUMNS and len(table) == len(rows)
     for line, row in zip(table, rows, strict=True):
         for column, value in row.items():
@@ -389,7 +389,7 @@ def test_rows_are_the_same_in_every_format(null_runs):
             else:
                 assert type(value)(line[column]) == value, column
 
-    head, _, *lines = report.render(rows, "md").split("\n\n")[0].splitlines()
+    head, _, *lines = writers.render(report.Table(rows), "md").split("\n\n")[0].splitlines()
     names = [cell.strip() for cell in head.strip("|").split(" | ")]
     assert len(lines) == len(rows)
     for line, row in zip(lines, rows, strict=True):
@@ -506,7 +506,7 @@ def test_without_preflight_the_run_goes_on_and_the_table_says_so(tmp_path):
         Defense(GlobalNoise(), TwoLogits()), gaussian(8), "pgd:steps=1", eps="1/64", n=8, out=tmp_path, quiet=True,
         preflight=False,
     )  # fmt: skip
-    assert "[no preflight]" in report.render(result.rows, "md")
+    assert "[no preflight]" in writers.render(report.Table(result.rows), "md")
 
 
 # --- identity
@@ -665,7 +665,9 @@ def test_an_attacker_who_knows_the_draws_that_judge_finds_more_and_is_marked(tmp
         rows[view], records[view] = result.rows[0], result.records
     known, fresh = rows["exact:noise=verdict"], rows["exact"]
     assert known["display"] == "PGD-MARGIN (20 it, EOT 9) [knows the verdict's draws]" and known["draws"] == 9
-    assert known["view"] == "exact:noise=verdict" and "unless its row says so" in report.render([known], "md")
+    assert known["view"] == "exact:noise=verdict" and "unless its row says so" in writers.render(
+        report.Table([known]), "md"
+    )
     assert known["robust"] < 0.3 and fresh["robust"] > 0.7
     # it looked at nine draws, again and again
     assert known["null_floor"] >= fresh["null_floor"]

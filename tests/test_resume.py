@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmark import cell, evaluate, report, results
+from benchmark import cell, evaluate, report, results, writers
 from benchmark.cell import Incomplete
 from benchmark.errors import RunError, UsageError
 from classifiers.resnet import ResNet
@@ -179,7 +179,7 @@ def test_another_environment_is_refused_unless_mixed(tmp_path, run):
     run("mixed", n=40, rows=32, mixed_environment=True)
     (done,) = results.find_runs([folder])
     assert done["mixed_environment"] and done["complete"]
-    assert "[mixed environment]" in report.render(report.rows([done]), "md")
+    assert "[mixed environment]" in writers.render(report.table([done]), "md")
 
 
 def test_an_attack_under_way_belongs_to_its_environment_too(tmp_path, run):

@@ -1,0 +1,159 @@
+"""Writers: every format from the same rows, every rule from the same records, and LaTeX that LaTeX takes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmark import cli, report, writers
+from benchmark.errors import UsageError
+from benchmark.results import find_runs
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[dict]:
+    """The recorded runs of eight attacks on two defenses."""
+    return find_runs([ROOT / "results" / "eight"])
+
+
+def by_hand(run: dict, key: str, rule: str) -> float:
+    """A rule in plain loops."""
+    total = 0.0
+    for r in run["records"]:
+        right = [p == r["label"] for p in r[key]]
+        if rule == "mean":
+            total += sum(right) / len(right)
+        if rule == "worst":
+            total += all(right)
+        if rule == "majority":
+            votes = {c: r[key].count(c) for c in set(r[key])}
+            total += votes.get(r["label"], 0) > max([v for c, v in votes.items() if c != r["label"]], default=0)
+        if rule == "any":
+            total += r["broken_at"] < 0 if key == "adv" else r["null_wrong"] == 0
+    return total / len(run["records"])
+
+
+@pytest.mark.parametrize("rule", ["mean", "majority", "worst", "any"])
+def test_a_rule_is_what_it_says_for_clean_and_robust_alike(rule, runs):
+    table = report.table(runs, rule=rule)
+    for run, row, scores in zip(runs, table.rows, table.scores, strict=True):
+        if rule == "any" and row["attack"] == "transfer":  # its loop never saw the defense
+            assert row["robust"] is None and row["clean_low"] is None and scores == {}
+            continue
+        assert row["robust"] == pytest.approx(by_hand(run, "adv", rule))
+        assert row["clean"] == pytest.approx(by_hand(run, "clean", rule))
+        assert np.mean(list(scores.values())) == pytest.approx(row["robust"])
+        assert row["robust_low"] <= row["robust"] <= row["robust_high"]
+    assert report.RULES[rule].split("{")[0] in writers.render(table, "md")
+
+
+def test_mean_logits_needs_the_logits_and_reads_them(runs, tmp_path):
+    run = copy.deepcopy(runs[0])
+    run["folder"] = tmp_path / "none"
+    assert report.table([run], rule="mean-logits").rows[0]["robust"] is None
+    n, draws = len(run["records"]), len(run["records"][0]["adv"])
+    rng = np.random.default_rng(0)
+    logits = {key: rng.normal(size=(n, draws, 10)) for key in ("clean", "adv", "random")}
+    order = rng.permutation(n)
+    ids = np.array([r["id"] for r in run["records"]])
+    np.savez(tmp_path / "logits.npz", id=ids[order], **{k: v[order] for k, v in logits.items()})
+    run["folder"] = tmp_path
+    row = report.table([run], rule="mean-logits").rows[0]
+    label = np.array([r["label"] for r in run["records"]])
+    assert row["robust"] == pytest.approx(float((logits["adv"].mean(1).argmax(1) == label).mean()))
+    assert row["clean"] == pytest.approx(float((logits["clean"].mean(1).argmax(1) == label).mean()))
+
+
+def test_columns_and_order(runs):
+    table = report.table(runs, worst_case=True)
+    some = json.loads(writers.render(table, "json", columns=["purifier", "robust"], sort="-robust"))
+    assert [list(row) for row in some] == [["purifier", "robust"]] * len(table.rows)
+    values = [row["robust"] for row in some]
+    assert values == sorted(values, reverse=True)
+    assert writers.render(table, "csv", columns=["attack"]).splitlines()[0] == "attack"
+    plain = writers.render(table, "md", columns=["attack", "null_floor"], sort="null_floor")
+    assert plain.splitlines()[0] == "| attack | null_floor |" and "| transfer | – |" in plain
+    shown = json.loads(writers.render(report.table(runs, rule="any"), "json", columns=["robust"], sort="robust"))
+    assert shown[-1]["robust"] is None and shown[0]["robust"] is not None
+    for wrong in ({"columns": ["robustt"]}, {"sort": "-robus"}):
+        with pytest.raises(UsageError, match="unknown column .*did you mean"):
+            writers.render(table, "md", **wrong)
+    with pytest.raises(UsageError, match="known formats are md, csv, latex, json"):
+        writers.render(table, "xlsx")
+    with pytest.raises(UsageError, match="known rules are mean, majority"):
+        report.table(runs, rule="best")
+
+
+def test_every_table_says_how_it_was_made(runs):
+    for form in ("md", "latex"):
+        shown = writers.render(report.table(runs), form)
+        assert "budget quick" in shown and "protocol 1" in shown and "torch 2." in shown
+        assert all(run["environment"]["commit"] in shown for run in runs)
+
+
+GOLDEN = r"""% \usepackage{booktabs}
+\begin{table}
+\centering
+\caption{a\_b, Linf 16/255: accuracy in \% with 95 \% intervals; n 40, draws 1.}
+\begin{tabular}{llllll}
+\toprule
+Purifier & Classifier & Attack & View & Clean & Robust \\
+\midrule
+good\_one & f & PGD \& co $\times$ 2 & exact & 90.0 [80.0, 95.0] & \textbf{50.0 [40.0, 60.0]} \\
+close & f & PGD & exact & 90.0 [80.0, 95.0] & \textbf{47.5 [40.0, 60.0]} \\
+weak & f & PGD & exact & 90.0 [80.0, 95.0] & 0.0 [40.0, 60.0] \\
+alone & f & LF & exact & 90.0 [80.0, 95.0] & 10.0 [40.0, 60.0] \\
+weak & f & worst case & exact & 90.0 [80.0, 95.0] & -- \\
+\bottomrule
+\end{tabular}
+"""
+
+
+def test_latex_escapes_and_sets_the_best_and_its_ties_in_bold():
+    base = dict.fromkeys(report.COLUMNS) | {
+        "dataset": "a_b", "classifier": "f", "norm": "Linf", "eps": "16/255", "view": "exact", "n": 40, "draws": 1,
+        "budget": "quick", "seed": 0, "clean": 0.9, "clean_low": 0.8, "clean_high": 0.95, "robust_low": 0.4,
+        "robust_high": 0.6,
+    }  # fmt: skip
+    rows, scores = [], []
+    for purifier, attack, display, robust in (
+        ("good_one", "pgd", "PGD & co × 2", 0.5), ("close", "pgd", "PGD", 0.475), ("weak", "pgd", "PGD", 0.0),
+        ("alone", "lf", "LF", 0.1), ("weak", report.WORST, "worst case of PGD, LF", None),
+    ):  # fmt: skip
+        rows.append(base | {"purifier": purifier, "attack": attack, "display": display, "robust": robust})
+        scores.append({} if robust is None else {i: float(i < 40 * robust) for i in range(40)})
+    shown = writers.render(report.Table(rows, scores), "latex")
+    assert shown.startswith(GOLDEN)
+    assert shown.rstrip().endswith(r"\end{table}") and r"95 \% Wilson" in shown
+    assert writers.escaped(r"\{}~^#$") == r"\textbackslash{}\{\}\textasciitilde{}\textasciicircum{}\#\$"
+    assert writers.render(report.Table([]), "latex").startswith("% no finished example")
+
+
+def test_threat_models_are_never_one_latex_table(runs):
+    other = copy.deepcopy(runs[0])
+    other["identity"]["norm"], other["identity"]["eps"] = "StAdv", "0.05"
+    shown = writers.render(report.table([runs[0], other]), "latex")
+    assert shown.count(r"\begin{tabular}") == 2 and "StAdv 0.05" in shown
+
+
+@pytest.mark.slow
+def test_a_real_latex_compiles_every_recorded_result(tmp_path, capsys):
+    if shutil.which("pdflatex") is None:
+        pytest.skip("pdflatex isn't installed: apt install texlive-latex-base texlive-latex-recommended")
+    assert cli.main(["report", str(ROOT / "results"), "--format", "latex"]) == 0
+    opening = "\\documentclass{article}\\usepackage[T1]{fontenc}\\usepackage{booktabs}\\begin{document}\n"
+    (tmp_path / "tables.tex").write_text(opening + capsys.readouterr().out + "\n\\end{document}\n")
+    done = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "tables.tex"], cwd=tmp_path, capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "Output written on tables.pdf" in done.stdout
