@@ -159,8 +159,8 @@ def protocol(table: Table) -> str:
     return (
         f"{', '.join(found['dataset'])}; {what}{_made(table)}. Accuracy is {RULES[table.rule].format(seen=seen)}; "
         "clean accuracy stands under the same rule. Intervals are 95 % Wilson over images and draws, and say nothing "
-        "of training seeds. Any iteration: no draw in the attack's loop was ever wrong; its null floor is what that rule "
-        "reads at x itself. s/image is wall time; draws at x are shared between the attacks of a defense."
+        "of training seeds. Any iteration: no draw in the attack's loop was ever wrong; its null floor is what that "
+        "rule reads at x itself. s/image is wall time; draws at x are shared between the attacks of a defense."
     )
 
 
