@@ -1,10 +1,11 @@
 # make run    the main job, from nothing: makes .venv, installs, runs
 # make test   the tests                make check   lint, format and types
-# make slow   the slow tests           make report  the table of results/
+# make slow   the slow tests           make report  results/ in every format: page, figures, tables, into site/
 # make parity CIFAR10=DATASET          our attacks and samplers against published ones: results/parity.md
 PYTHON ?= python3
 ARGS ?=
 OUT ?= results/mine
+SITE ?= site
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -30,8 +31,12 @@ check: install
 	$(BIN)/ruff format --check $(CODE) tests shims
 	$(BIN)/mypy
 
+# Every format from the recorded results into SITE, and the tables of the documents anew.
 report: install
-	$(BIN)/python -m benchmark report results --format md $(ARGS)
+	$(BIN)/python -m benchmark tables README.md results/README.md
+	$(BIN)/python -m benchmark report results --format html --out $(SITE)
+	$(BIN)/python -m benchmark report results --figures --out $(SITE)/figures
+	for form in md csv latex json; do $(BIN)/python -m benchmark report results --format $$form > $(SITE)/results.$$form; done
 
 install: .venv/.installed
 

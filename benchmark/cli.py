@@ -64,11 +64,13 @@ def parser() -> argparse.ArgumentParser:
 
     report = _command(commands, "report", _report, "tables from recorded runs")
     report.add_argument("paths", nargs="*", default=["results"], metavar="FOLDER", help="folders with runs (results)")
-    report.add_argument("--format", choices=("md", "csv", "latex", "json"), default="md")
+    report.add_argument("--format", choices=("md", "csv", "latex", "json", "html"), default="md")
     report.add_argument(
         "--rule", default="mean", help="what an accuracy is: mean, majority, worst, any or mean-logits (mean)"
     )
     report.add_argument("--columns", metavar="NAMES", help="only these, e.g. purifier,attack,robust; not in latex")
+    report.add_argument("--out", metavar="FOLDER", help="html is written to FOLDER/index.html; figures go here")
+    report.add_argument("--figures", action="store_true", help="draw figures into --out (figures): PDF, PNG and CSV")
     report.add_argument("--sort", metavar="COLUMN", help="order rows by a column; descending as --sort=-COLUMN")
     report.add_argument(
         "--worst-case", action=argparse.BooleanOptionalAction, help="the row over attacks (default: in md and latex)"
@@ -262,11 +264,32 @@ def _report(arguments: argparse.Namespace) -> int:
     if arguments.compact:
         print(writers.compact(find_runs(arguments.paths)), end="")
         return DONE
+    if arguments.figures:
+        from benchmark.plots import figures
+
+        print("\n".join(map(str, figures(find_runs(arguments.paths), Path(arguments.out or "figures")))))
+        return DONE
+    if arguments.format == "html":
+        return _page(find_runs(arguments.paths), arguments.out)
     worst = arguments.format in ("md", "latex") if arguments.worst_case is None else arguments.worst_case
     runs = find_runs(arguments.paths)
     table = report.table(runs, worst_case=worst, rule=arguments.rule)
     columns = arguments.columns.split(",") if arguments.columns else ()
     print(writers.render(table, arguments.format, columns=columns, sort=arguments.sort), end="")
+    return DONE
+
+
+def _page(runs: Sequence[dict[str, Any]], out: str | None) -> int:
+    from benchmark.page import page
+    from benchmark.results import replace
+
+    if out is None:
+        print(page(runs), end="")
+        return DONE
+    target = Path(out) / "index.html"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace(target, page(runs))
+    print(target)
     return DONE
 
 

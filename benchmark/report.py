@@ -211,6 +211,33 @@ def groups(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return list(found.values())
 
 
+def widest(group: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs of a group that have the most images: the few of one attack would shorten what all have in common."""
+    most = max(len(run["records"]) for run in group)
+    return [run for run in group if len(run["records"]) == most]
+
+
+def headline(
+    runs: Iterable[dict[str, Any]],
+) -> list[tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]]:
+    """Per defense and threat what speaks for it, as (run, its records, the runs behind it).
+
+    Of the attacks on most images the worst case, of views and settings the one with most images and the lowest robust
+    accuracy: a table sorted by robust accuracy would otherwise open with the weakest attack.
+    """
+    found: dict[tuple, tuple] = {}
+    for group in groups([run for run in runs if run["records"]]):
+        of = widest(group)
+        run, records = worst_of(of) if len(of) > 1 else (of[0], of[0]["records"])
+        identity = run["identity"]
+        keys = ("dataset", "fingerprint", "purifier", "classifier", "copies", "combine", "norm", "eps")
+        key = tuple(identity[k] for k in keys)
+        rank = (-len(records), float(shares(records).mean()))
+        if key not in found or rank < found[key][0]:
+            found[key] = (rank, run, records, of)
+    return [(run, records, of) for _, run, records, of in found.values()]
+
+
 def worst_of(group: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The worst case over the attacks of a group, as a run and its records."""
     ids = set.intersection(*({r["id"] for r in run["records"]} for run in group))
