@@ -36,7 +36,8 @@ report: install
 	$(BIN)/python -m benchmark tables README.md results/README.md
 	$(BIN)/python -m benchmark report results --format html --out $(SITE)
 	$(BIN)/python -m benchmark report results --figures --out $(SITE)/figures
-	for form in md csv latex json; do $(BIN)/python -m benchmark report results --format $$form > $(SITE)/results.$$form; done
+	for form in md csv json; do $(BIN)/python -m benchmark report results --format $$form > $(SITE)/results.$$form; done
+	$(BIN)/python -m benchmark report results --format latex > $(SITE)/results.tex
 
 install: .venv/.installed
 
