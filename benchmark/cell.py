@@ -334,7 +334,9 @@ class Cell:
         except AttackError as error:
             raise RunError(f"{self}: {error}") from error
         version, select = self._chosen(found.candidates, y, ids)
-        x_adv, distance = (of[version, torch.arange(len(y))] for of in (found.candidates, found.distances))
+        x_adv, distance = (
+            of[version, torch.arange(len(y), device=y.device)] for of in (found.candidates, found.distances)
+        )
         logits = {
             "select": select,
             "clean": self._at_x(x, ids, "clean", self.draws),
@@ -390,12 +392,14 @@ class Cell:
             logits = [self._draws(c, ids, "select", self.select, "candidate", v) for v, c in enumerate(candidates)]
         correct = (_classes(torch.stack(logits)) == y[:, None]).sum(-1)
         version = correct.argmin(0)
-        return version, self._draws(candidates[version, torch.arange(len(y))], ids, "select", self.select)
+        return version, self._draws(
+            candidates[version, torch.arange(len(y), device=y.device)], ids, "select", self.select
+        )
 
     def judged(self, candidates: Tensor, y: Tensor, ids: Tensor, draws: int) -> np.ndarray:
         """The share of correct ``select`` draws per image, of the candidate that other draws found the strongest."""
         version, _ = self._chosen(candidates, y, ids)
-        chosen = candidates[version, torch.arange(len(y))]
+        chosen = candidates[version, torch.arange(len(y), device=y.device)]
         return (
             (_classes(self._draws(chosen, ids, "select", draws, "judge")) == y[:, None]).double().mean(1).cpu().numpy()
         )

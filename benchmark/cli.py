@@ -68,6 +68,13 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--rule", default="mean", help="what an accuracy is: mean, majority, worst, any or mean-logits (mean)"
     )
+    report.add_argument(
+        "--bibtex", action="store_true", help="print the references of the components used, and no table"
+    )
+    report.add_argument(
+        "--with-published", nargs="?", const="results/published.csv", metavar="CSV",
+        help="add numbers from papers, set apart (results/published.csv); Markdown only",
+    )  # fmt: skip
     report.add_argument("--columns", metavar="NAMES", help="only these, e.g. purifier,attack,robust; not in latex")
     report.add_argument("--out", metavar="FOLDER", help="html is written to FOLDER/index.html; figures go here")
     report.add_argument("--figures", action="store_true", help="draw figures into --out (figures): PDF, PNG and CSV")
@@ -264,6 +271,11 @@ def _report(arguments: argparse.Namespace) -> int:
     if arguments.compact:
         print(writers.compact(find_runs(arguments.paths)), end="")
         return DONE
+    if arguments.bibtex:
+        from benchmark.references import bibtex
+
+        print(bibtex(find_runs(arguments.paths)), end="")
+        return DONE
     if arguments.figures:
         from benchmark.plots import figures
 
@@ -275,7 +287,14 @@ def _report(arguments: argparse.Namespace) -> int:
     runs = find_runs(arguments.paths)
     table = report.table(runs, worst_case=worst, rule=arguments.rule)
     columns = arguments.columns.split(",") if arguments.columns else ()
-    print(writers.render(table, arguments.format, columns=columns, sort=arguments.sort), end="")
+    text = writers.render(table, arguments.format, columns=columns, sort=arguments.sort)
+    if arguments.with_published:
+        from benchmark.references import published
+
+        if arguments.format != "md":
+            raise UsageError("--with-published is for Markdown: a machine's table never mixes protocols")
+        text += published(Path(arguments.with_published))
+    print(text, end="")
     return DONE
 
 
