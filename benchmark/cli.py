@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,8 @@ def _what(sub: argparse.ArgumentParser) -> None:
     effort.add_argument("--budget", default="auto", help="quick, standard, paper or auto (auto: by device)")
     effort.add_argument("--n-examples", type=int, metavar="N", help="the first N images of the fixed order")
     effort.add_argument("--draws", type=int, help="verdict draws of a stochastic defense")
-    effort.add_argument("--seed", type=int, default=0)
+    effort.add_argument("--seed", type=int, default=0, help="of all draws: the attack's, the verdict's (0)")
+    effort.add_argument("--seeds", metavar="LIST", help="several in turn, e.g. 0,1,2; the table states their spread")
     machine = sub.add_argument_group("machine and files")
     machine.add_argument("--batch-size", type=int, metavar="ROWS", help="rows of every network call, a multiple of 32")
     machine.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
@@ -201,7 +203,7 @@ def _need(arguments: argparse.Namespace) -> Any:
     return Need(form, arguments.norm, roots, arguments.offline, arguments.trust_checkpoint)
 
 
-def _cells(arguments: argparse.Namespace) -> Any:
+def _cells(arguments: argparse.Namespace) -> Iterator[Any]:
     """The cells of a command line."""
     from benchmark.cell import Settings
     from benchmark.defenses import grid
@@ -215,10 +217,21 @@ def _cells(arguments: argparse.Namespace) -> Any:
         mixed_environment=getattr(arguments, "mixed_environment", False),
         stop_after=getattr(arguments, "stop_after", None),
     )  # fmt: skip
-    return grid(
-        arguments.purifier, arguments.classifier, arguments.attack, arguments.dataset, arguments.eps or [None],
-        settings, arguments.copies, arguments.combine,
-    )  # fmt: skip
+    for seed in _seeds(arguments):
+        yield from grid(
+            arguments.purifier, arguments.classifier, arguments.attack, arguments.dataset, arguments.eps or [None],
+            dataclasses.replace(settings, seed=seed), arguments.copies, arguments.combine,
+        )  # fmt: skip
+
+
+def _seeds(arguments: argparse.Namespace) -> list[int]:
+    """The seeds of a command line, each once."""
+    if arguments.seeds is None:
+        return [arguments.seed]
+    try:
+        return list(dict.fromkeys(int(word) for word in arguments.seeds.split(",")))
+    except ValueError:
+        raise UsageError(f"--seeds {arguments.seeds}: expected whole numbers with commas, e.g. 0,1,2") from None
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -77,6 +77,7 @@ def _compact(runs: list[dict[str, Any]]) -> str:
     head += ["worst case % [95 %]", "random noise %"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     displays: dict[str, list[str]] = {}
+    several = len({run["identity"]["seed"] for run in runs}) > 1
     for group in sorted(report.groups(runs), key=_order):
         ids = set.intersection(*({r["id"] for r in run["records"]} for run in group))
         rows_of = {
@@ -91,6 +92,7 @@ def _compact(runs: list[dict[str, Any]]) -> str:
         whole = set(HEADLINE) <= set(map(_base, rows_of))
         one = report.row(*report.worst_of(group)) if whole else next(iter(rows_of.values()))
         view = "" if one["view"] == "exact" else f" (view {one['view']})"
+        view += f", seed {one['seed']}" if several else ""
         cells = [str(one[k]) for k in ("purifier", "classifier", "norm", "eps", "n", "draws")] + [
             _with_interval(one, "clean"),
             *(_percent(rows_of[a]["robust"]) if a in rows_of else "–" for a in attacks),
@@ -146,7 +148,11 @@ def _markdown(table: Table, columns: Sequence[str] = ()) -> str:
         these = [r for r in table.rows if r["norm"] == norm]
         lines += [f"**{norm}**", ""] if len(norms) > 1 else []
         lines += [*(_plain(these, columns) if columns else _lines(these)), ""]
-    lines += [protocol(table), *([f"{'; '.join(named)}."] if (named := _specs(table.runs)) else [])]
+    lines += [
+        protocol(table),
+        *_spread(table.rows),
+        *([f"{'; '.join(named)}."] if (named := _specs(table.runs)) else []),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -162,6 +168,23 @@ def protocol(table: Table) -> str:
         "of training seeds. Any iteration: no draw in the attack's loop was ever wrong; its null floor is what that "
         "rule reads at x itself. s/image is wall time; draws at x are shared between the attacks of a defense."
     )
+
+
+def _spread(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """How robust accuracy spreads over seeds, per defense and attack that ran under several."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        keys = ("dataset", "purifier", "classifier", "display", "view", "norm", "eps", "n")
+        groups.setdefault(tuple(row[k] for k in keys), []).append(row)
+    told = []
+    for (_, purifier, classifier, display, *_), of in groups.items():
+        known = [row["robust"] for row in of if row["robust"] is not None]
+        if len({row["seed"] for row in of}) > 1 and len(known) > 1:
+            mean, spread = np.mean(known), np.std(known, ddof=1)
+            told.append(
+                f"{purifier} + {classifier} under {display}: {_percent(mean)} ± {_percent(spread)} ({len(known)})"
+            )
+    return [f"Robust accuracy over seeds, mean ± standard deviation (seeds): {'; '.join(told)}."] if told else []
 
 
 def _made(table: Table) -> str:
@@ -194,6 +217,7 @@ def _lines(table: list[dict[str, Any]]) -> list[str]:
         "majority clean / robust | worst draw clean / robust | "
         "any iteration (null floor) | random noise | NFE | s/image"
     )
+    several = len({r["seed"] for r in table}) > 1
     lines = [f"| {head} |", "|" + "---|" * (head.count(" | ") + 1)]
     for r in table:
         any_iteration = "–"
@@ -201,7 +225,8 @@ def _lines(table: list[dict[str, Any]]) -> list[str]:
             any_iteration = f"{_percent(r['robust_any_iteration'])} ({_percent(r['null_floor'])})"
         seconds = "–" if r["seconds_per_image"] is None else _two_digits(r["seconds_per_image"])
         cells = [
-            r["purifier"], r["classifier"], r["display"], r["view"], r["norm"], r["eps"], str(r["n"]), str(r["draws"]),
+            r["purifier"], r["classifier"], r["display"] + (f", seed {r['seed']}" if several else ""), r["view"],
+            r["norm"], r["eps"], str(r["n"]), str(r["draws"]),
             _with_interval(r, "clean"),
             _with_interval(r, "robust"),
             f"{_percent(r['clean_majority'])} / {_percent(r['robust_majority'])}",

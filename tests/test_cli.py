@@ -147,6 +147,7 @@ def test_bad_grammar_is_bad_usage(capsys, arguments):
         (["--n-examples", "0"], "at least one image"),
         (["--n-examples", "-3"], "at least one image"),
         (["--draws", "0"], "at least one draw"),
+        (["--seeds", "0,one"], "expected whole numbers with commas"),
         (["--batch-size", "33"], "multiples of 32"),
         (["--batch-size", "0"], "multiples of 32"),
         (["--copies", "0"], "copies must be at least 1, got 0"),

@@ -99,6 +99,22 @@ def test_every_table_says_how_it_was_made(runs):
         assert all(run["environment"]["commit"] in shown for run in runs)
 
 
+def test_several_seeds_are_told_apart_and_their_spread_is_stated(runs):
+    one = next(run for run in runs if run["names"]["attack"] == "pgd")
+    other = copy.deepcopy(one)
+    other["identity"]["seed"] = 1
+    for record in other["records"][:32]:
+        record["adv"] = [record["label"]] * len(record["adv"])
+    table = report.table([one, other])
+    shown = writers.render(table, "md")
+    a, b = (row["robust"] for row in table.rows)
+    spread = f"{50 * (a + b):.1f} ± {100 * abs(a - b) / 2**0.5:.1f} (2)"
+    assert ", seed 0 |" in shown and ", seed 1 |" in shown and spread in shown
+    assert ", seed" not in writers.render(report.table([one]), "md") and "±" not in writers.render(
+        report.table([one]), "md"
+    )
+
+
 GOLDEN = r"""% \usepackage{booktabs}
 \begin{table}
 \centering
