@@ -17,7 +17,8 @@ class Encoder(PGD):
     """PGD on ‖e(x') - e(x)‖² / d, with e the purifier's first stage; then the whole defense is judged.
 
     e is the first stage of a purifier that encodes, under one noise for both images. Labels and the classifier play no
-    part in the search, so what is lost here is lost by the encoder.
+    part in the search, so what is lost here is lost by the encoder. Before a codebook e is what will be quantised; the
+    records say how many codes flipped.
 
     Args:
         steps, eot, step, step_size, restarts, sign: as for ``pgd``.

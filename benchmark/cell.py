@@ -26,7 +26,7 @@ from benchmark.plan import Plan, plan
 from benchmark.preflight import accuracy_check, failures, preflight
 from benchmark.results import Run, environment, read_run
 from benchmark.views import View
-from purifiers import Defense, Tape
+from purifiers import Defense, Purifier, Tape
 
 BLOCK = 32
 """Images that are attacked together, and the unit in which a third-party attack runs and resumes."""
@@ -345,7 +345,7 @@ class Cell:
         }
         null = self._null(x, y, ids)
         predicted = {k: _classes(v) for k, v in logits.items()}
-        package_null = self._package_null(x, y, ids)
+        package_null, flips = self._package_null(x, y, ids), self._flips(x_adv, x, ids)
         extra = 3 * self.draws + (len(found.candidates) + 1) * self.select
         records = [
             {
@@ -358,6 +358,7 @@ class Cell:
                 "fallback": bool(distance[i] == 0),
                 "package_verdict": None if found.package_correct is None else bool(found.package_correct[i]),
                 "package_null": None if package_null is None else bool(package_null[i]),
+                "code_flips": None if flips is None else float(flips[i]),
                 "forwards": found.forwards + extra + self.distinct,
                 "backwards": found.backwards,
             }
@@ -428,6 +429,16 @@ class Cell:
             return torch.zeros(len(x), dtype=torch.long)
         predicted = _classes(self._at_x(x, ids, "null", self.distinct))
         return (predicted != y[:, None]).sum(1)
+
+    def _flips(self, x_adv: Tensor, x: Tensor, ids: Tensor) -> Tensor | None:
+        """The share of an image's discrete codes that the attack changed, under one verdict draw."""
+        purifier = self.defense.purifier
+        if type(purifier).codes is Purifier.codes:
+            return None  # no codebook
+        noise = Tape(self.settings.seed, "verdict", ids).fold("round", 0)
+        with torch.no_grad():
+            before, after = (purifier.codes(purifier.start(z, noise)[0]) for z in (x, x_adv))  # type: ignore[operator]
+        return (before != after).flatten(1).double().mean(1)
 
     def _package_null(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor | None:
         """The package's own verdict, were x never moved: its rule, single draws all right, played on ``null`` draws."""

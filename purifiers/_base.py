@@ -115,6 +115,13 @@ class Purifier(nn.Module):
         """The state that stands for x itself after k steps, under the same noise; None if there is no such path."""
         return None
 
+    def codes(self, state: State) -> Tensor | None:
+        """The discrete codes of a state that ``start`` gave, integers of shape (B, …); None without a codebook.
+
+        ``start`` then gives latents before they are quantised, so that an attack on the encoder has a gradient.
+        """
+        return None
+
     def sde(self) -> SDE | None:
         """The stochastic differential equation that the steps integrate; None if they do something else."""
         return None

@@ -357,7 +357,7 @@ def test_records_hold_the_facts_of_each_image(tmp_path, lively, images):
     for i, record in enumerate(result.records):
         assert set(record) == {
             "id", "label", "clean", "adv", "select", "random", "distance", "broken_at", "null_wrong", "fallback",
-            "package_verdict", "package_null", "forwards", "backwards",
+            "package_verdict", "package_null", "code_flips", "forwards", "backwards",
         }  # fmt: skip
         assert record["id"] == i and record["label"] == y[i]
         assert [len(record[k]) for k in ("clean", "adv", "random", "select")] == [5, 5, 5, 8]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,9 +12,9 @@ from attacks import NORMS, VIEWS, NotApplicable, Victim
 from attacks._gradient import ce
 from attacks.diffattack import DiffAttack
 from attacks.encoder import Encoder
-from benchmark import registry
-from purifiers import Defense, Tape
-from tests.conftest import classifier, images
+from benchmark import evaluate, registry
+from purifiers import Defense, Purifier, Tape
+from tests.conftest import classifier, images, undefended
 
 N = 3
 
@@ -93,6 +94,38 @@ def test_the_encoder_attack_asks_for_an_encoder(make):
                 images(N), torch.arange(N), victim_of(Defense(make(case), classifier())), NORMS["Linf"](Fraction(1, 16))
             )
     assert not {"random_start", "iterate", "loss"} & set(registry.options(Encoder))
+
+
+class Quantised(Purifier):
+    """Pairs of pixels to a codebook of four grey values, by their mean; the gradient passes the codebook by."""
+
+    stochastic, encodes = False, True
+
+    def start(self, x, noise):
+        return (x[..., ::2] + x[..., 1::2]) / 2, None
+
+    def codes(self, state):
+        return (4 * state).floor().clamp(0, 3).long()
+
+    def finish(self, state, context):
+        value = (self.codes(state).to(state) + 0.5) / 4
+        return (state + (value - state).detach()).repeat_interleave(2, -1)
+
+
+def test_an_attack_on_a_codec_records_how_many_codes_it_flipped(tmp_path):
+    x = 0.1 + 0.8 * images(8, dtype=torch.float32)
+    defense = Defense(Quantised(), classifier().float())
+    settings = {"eps": "0.1", "n": 8, "out": tmp_path, "quiet": True, "preflight": False}
+    flips = {}
+    for attack in ("encoder:steps=20", "uniform:queries=1", "identity"):
+        result = evaluate(defense, (x, torch.zeros(8).long()), attack, **settings)
+        flips[attack] = [r["code_flips"] for r in result.records]
+        x_adv = torch.from_numpy(np.load(result.folder / "adversarial.npy"))
+        before, after = (defense.purifier.codes(defense.purifier.start(z, None)[0]) for z in (x, x_adv))
+        assert flips[attack] == pytest.approx((before != after).flatten(1).double().mean(1).tolist())
+    assert sum(flips["encoder:steps=20"]) > 1.3 * sum(flips["uniform:queries=1"]) > 0 == sum(flips["identity"])
+    plain = evaluate(undefended(classifier().float()), (x, torch.zeros(8).long()), "identity", **settings)
+    assert {r["code_flips"] for r in plain.records} == {None}
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
