@@ -433,12 +433,12 @@ class Cell:
     def _flips(self, x_adv: Tensor, x: Tensor, ids: Tensor) -> Tensor | None:
         """The share of an image's discrete codes that the attack changed, under one verdict draw."""
         purifier = self.defense.purifier
-        if type(purifier).codes is Purifier.codes:
+        if not isinstance(purifier, Purifier) or type(purifier).codes is Purifier.codes:
             return None  # no codebook
         noise = Tape(self.settings.seed, "verdict", ids).fold("round", 0)
         with torch.no_grad():
-            before, after = (purifier.codes(purifier.start(z, noise)[0]) for z in (x, x_adv))  # type: ignore[operator]
-        return (before != after).flatten(1).double().mean(1)
+            before, after = (purifier.codes(purifier.start(z, noise)[0]) for z in (x, x_adv))
+        return (before != after).flatten(1).double().mean(1)  # type: ignore[union-attr]
 
     def _package_null(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor | None:
         """The package's own verdict, were x never moved: its rule, single draws all right, played on ``null`` draws."""
