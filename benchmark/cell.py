@@ -438,7 +438,7 @@ class Cell:
         noise = Tape(self.settings.seed, "verdict", ids).fold("round", 0)
         with torch.no_grad():
             before, after = (purifier.codes(purifier.start(z, noise)[0]) for z in (x, x_adv))
-        return (before != after).flatten(1).double().mean(1)  # type: ignore[union-attr]
+        return None if before is None or after is None else before.ne(after).flatten(1).double().mean(1)
 
     def _package_null(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor | None:
         """The package's own verdict, were x never moved: its rule, single draws all right, played on ``null`` draws."""
