@@ -133,11 +133,13 @@ weak & f & worst case & exact & 90.0 [80.0, 95.0] & -- \\
 """
 
 
-def test_latex_escapes_and_sets_the_best_and_its_ties_in_bold():
+def synthetic() -> report.Table:
+    """Five rows by hand: a tie, a lone attack, a worst case that nothing is known of."""
     base = dict.fromkeys(report.COLUMNS) | {
         "dataset": "a_b", "classifier": "f", "norm": "Linf", "eps": "16/255", "view": "exact", "n": 40, "draws": 1,
         "budget": "quick", "seed": 0, "clean": 0.9, "clean_low": 0.8, "clean_high": 0.95, "robust_low": 0.4,
-        "robust_high": 0.6,
+        "robust_high": 0.6, "clean_majority": 0.9, "robust_majority": 0.5, "clean_worst": 0.8, "robust_worst": 0.25,
+        "random_control": 0.85, "nfe": 3, "forwards": 203.0, "backwards": 80.0, "seconds_per_image": 0.123,
     }  # fmt: skip
     rows, scores = [], []
     for purifier, attack, display, robust in (
@@ -146,7 +148,17 @@ def test_latex_escapes_and_sets_the_best_and_its_ties_in_bold():
     ):  # fmt: skip
         rows.append(base | {"purifier": purifier, "attack": attack, "display": display, "robust": robust})
         scores.append({} if robust is None else {i: float(i < 40 * robust) for i in range(40)})
-    shown = writers.render(report.Table(rows, scores), "latex")
+    return report.Table(rows, scores)
+
+
+@pytest.mark.parametrize("form", ["md", "csv", "json"])
+def test_a_writer_writes_what_it_wrote(form):
+    """Golden files: a change here is a change for everybody who parses or reads the output."""
+    assert writers.render(synthetic(), form) == (ROOT / "tests" / "golden" / f"table.{form}").read_text()
+
+
+def test_latex_escapes_and_sets_the_best_and_its_ties_in_bold():
+    shown = writers.render(synthetic(), "latex")
     assert shown.startswith(GOLDEN)
     assert shown.rstrip().endswith(r"\end{table}") and r"95 \% Wilson" in shown
     assert writers.escaped(r"\{}~^#$") == r"\textbackslash{}\{\}\textasciitilde{}\textasciicircum{}\#\$"
