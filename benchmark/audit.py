@@ -202,6 +202,8 @@ def _render_checks(checks: Sequence[dict[str, Any]]) -> str:
 
 def _render_black_box(pairs: Sequence[dict[str, Any]]) -> str:
     """The audit of attacks as Markdown, in points."""
+    if not pairs:
+        return "No defense met both a white-box and a black-box attack: run e.g. --attack pgd,square on one.\n"
     lines = [
         "| purifier | classifier | white-box attack | black-box attack | norm | eps | n | white % | black % | "
         "difference [95 %] | p (white weaker) | detectable |",

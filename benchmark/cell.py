@@ -21,7 +21,7 @@ from attacks import NORMS, Attack, AttackError, NotApplicable, ThreatModel, Vict
 from attacks._gradient import blocks
 from attacks._views import affordable
 from benchmark import checkpoints, config, data, defenses, registry, report
-from benchmark.errors import RunError, UsageError
+from benchmark.errors import NotApplicableError, RunError, UsageError
 from benchmark.plan import Plan, plan
 from benchmark.preflight import accuracy_check, failures, preflight
 from benchmark.results import Run, environment, read_run
@@ -125,7 +125,10 @@ class Cell:
         if norm not in component.norms:  # type: ignore[attr-defined]
             raise UsageError(f"{attack} searches under {' or '.join(component.norms)}, not under {norm}")  # type: ignore
         eps = config.radius(s.eps, norm, self.data.family)
-        self.threat: ThreatModel = NORMS[norm](eps)
+        try:
+            self.threat: ThreatModel = NORMS[norm](eps)
+        except ValueError as error:
+            raise UsageError(f"{attack}: {error}") from error
         # an attack that transfers names its attacker itself
         named = registry.resolve(component, spec).get("source")
         other = named or s.attacker
@@ -247,7 +250,11 @@ class Cell:
             desc=f"{self.folder.settings['names']['display']}",
         ) as bar:  # fmt: skip
             for first in starts:
-                self._block(first, done, bar, began)
+                try:
+                    self._block(first, done, bar, began)
+                except NotApplicable as error:
+                    self.folder.discard()
+                    raise NotApplicableError(f"{self}: not applicable: {error}") from error
                 shown = [r for r in self.folder.done().values()]
                 robust = np.mean([np.mean(np.array(r["adv"]) == r["label"]) for r in shown])
                 bar.set_postfix_str(f"robust {robust:.1%} of {len(shown)}")
@@ -286,7 +293,8 @@ class Cell:
                 seed=self.settings.seed, rows=32, attacker=self.attacker,
             )  # fmt: skip
         except NotApplicable as error:
-            raise UsageError(f"{self}: {error}") from error
+            self.folder.discard()
+            raise NotApplicableError(f"{self}: not applicable: {error}") from error
         if (expected := getattr(self.defense, "accuracy", None)) is not None:
             few = slice(0, min(KNOWN, len(self.data)))
             x, y = self.data.images(few).to(self.device), self.data.labels[few].to(self.device)
@@ -329,8 +337,6 @@ class Cell:
 
         try:
             found = self.attack.perturb(x, y, victim, self.threat, state=state, watch=watch)
-        except NotApplicable as error:
-            raise UsageError(f"{self}: {error}") from error
         except AttackError as error:
             raise RunError(f"{self}: {error}") from error
         version, select = self._chosen(found.candidates, y, ids)

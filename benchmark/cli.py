@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark.errors import RunError, UsageError
+from benchmark.errors import NotApplicableError, RunError, UsageError
 
 KINDS = ("purifiers", "attacks", "classifiers", "datasets", "budgets")
 DONE, FAILED, USAGE, INCOMPLETE = 0, 1, 2, 75
@@ -242,18 +242,23 @@ def _run(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     for _ in _cells(arguments):  # a slip in the last spec shows now, not after the hours that the first cells take
         pass
-    folders, began = [], time.monotonic()
+    folders, unfit, began = [], [], time.monotonic()
     for cell in _cells(arguments):
         if arguments.stop_after is not None:
             cell.settings.stop_after = arguments.stop_after - (time.monotonic() - began)
         print(f"{cell}\n{cell.plan}", file=sys.stderr, flush=True)
         try:
             folders.append(cell.run())
+        except NotApplicableError as error:  # the other cells have their numbers
+            unfit.append(str(error))
+            print(f"benchmark: {error}", file=sys.stderr)
         except Incomplete:
             return _complain(f"stopped after {arguments.stop_after:g} s; the same command continues", INCOMPLETE)
+    if not folders:
+        raise UsageError("no cell of this command is applicable: see above")
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
     print(writers.render(report.table(runs, worst_case=True), "md"), end="")
-    print(f"records: {arguments.out}", file=sys.stderr)
+    print("".join(f"not in the table: {line}\n" for line in unfit) + f"records: {arguments.out}", file=sys.stderr)
     return DONE
 
 

@@ -5,5 +5,9 @@ class UsageError(Exception):
     """The request can't be run as it stands (exit code 2)."""
 
 
+class NotApplicableError(UsageError):
+    """An attack or a view asks a defense for what it doesn't have: this cell has no number, the others have."""
+
+
 class RunError(Exception):
     """A run that was well asked for failed (exit code 1)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -70,6 +71,11 @@ class Run:
                 self._check_environment(json.loads(path.read_text()), mixed_environment)
             replace(path, json.dumps(self.settings | {"n": n}, indent=2, sort_keys=True) + "\n")
             self._room(n, shape)
+
+    def discard(self) -> None:
+        """Remove what was opened and holds no finished example."""
+        if not (self.folder / "journal.jsonl").exists() and not (self.folder / "records.jsonl").exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def done(self) -> dict[int, dict[str, Any]]:
         """The finished examples by id; a torn last line is dropped from the journal."""

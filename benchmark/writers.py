@@ -62,7 +62,7 @@ def _sorted(table: Table, sort: str) -> Table:
 def compact(runs: Iterable[dict[str, Any]]) -> str:
     """A Markdown line per defense and radius, over the images that all its attacks have, a table per threat model.
 
-    Clean accuracy, each attack beside the other, and their worst case where both attacks of the headline are there.
+    Clean accuracy, each attack beside the other, and their worst case where there are several.
     """
     runs = [r for r in runs if r["records"]]
     norms = sorted({run["identity"]["norm"] for run in runs})
@@ -89,7 +89,7 @@ def _compact(runs: list[dict[str, Any]]) -> str:
             continue
         for attack, row in rows_of.items():
             displays.setdefault(attack, []).append(row["display"])
-        whole = set(HEADLINE) <= set(map(_base, rows_of))
+        whole = len(rows_of) > 1
         one = report.row(*report.worst_of(group)) if whole else next(iter(rows_of.values()))
         view = "" if one["view"] == "exact" else f" (view {one['view']})"
         view += f", seed {one['seed']}" if several else ""
