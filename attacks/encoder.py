@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from attacks._gradient import Evaluation, Victim
@@ -67,8 +66,7 @@ class _First:
         if not self.state.requires_grad:
             raise NotApplicable("encoder needs a view that differentiates the purifier's stages: exact, surrogate")
         copies = len(self.state) // len(clean)
-        with torch.no_grad():
-            before, _ = self.stage(clean.repeat_interleave(copies, 0), self.noise)
+        before, _ = self.stage(clean.repeat_interleave(copies, 0), self.noise)
         self.stage = None
         moved = (self.state - before).square().flatten(1).mean(1)
         return moved.unflatten(0, (len(clean), copies)).mean(1)

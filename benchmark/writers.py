@@ -150,6 +150,7 @@ def _markdown(table: Table, columns: Sequence[str] = ()) -> str:
         lines += [*(_plain(these, columns) if columns else _lines(these)), ""]
     lines += [
         protocol(table),
+        *_packages(table.runs),
         *_spread(table.rows),
         *([f"{'; '.join(named)}."] if (named := _specs(table.runs)) else []),
     ]
@@ -168,6 +169,24 @@ def protocol(table: Table) -> str:
         "of training seeds. Any iteration: no draw in the attack's loop was ever wrong; its null floor is what that "
         "rule reads at x itself. s/image is wall time; draws at x are shared between the attacks of a defense."
     )
+
+
+def _packages(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """What packages say of stochastic defenses by single draws of their own, and what their rule reads at x itself."""
+    told = []
+    for run in runs:
+        if any(r.get("package_null") is None for r in run["records"]):
+            continue
+        verdict, null, same = (
+            _percent(float(np.mean([r[key] for r in run["records"]])))
+            for key in ("package_verdict", "package_null", "fallback")
+        )
+        names = run["names"]
+        told.append(
+            f"{names['purifier']} + {names['classifier']} under {names['display']}: {verdict} % robust, where its rule "
+            f"reads {null} % at x itself; {same} % of the images that it returned are x itself"
+        )
+    return [f"The package's own verdict by single draws: {'; '.join(told)}."] if told else []
 
 
 def _spread(rows: Sequence[dict[str, Any]]) -> list[str]:

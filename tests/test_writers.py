@@ -115,6 +115,16 @@ def test_several_seeds_are_told_apart_and_their_spread_is_stated(runs):
     )
 
 
+def test_what_a_package_says_stands_below_with_its_floor():
+    runs = find_runs([ROOT / "results" / "attacks"])
+    (package,) = [run for run in runs if run["records"][0].get("package_null") is not None]
+    verdict, null, same = (100 * np.mean([r[k] for r in package["records"]])
+                           for k in ("package_verdict", "package_null", "fallback"))  # fmt: skip
+    shown = writers.render(report.table(runs), "md")
+    assert f"{verdict:.1f} % robust, where its rule reads {null:.1f} % at x itself; {same:.1f} %" in shown
+    assert "own verdict" not in writers.render(report.table([r for r in runs if r is not package]), "md")
+
+
 GOLDEN = r"""% \usepackage{booktabs}
 \begin{table}
 \centering
