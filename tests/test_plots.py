@@ -64,9 +64,12 @@ def test_nothing_to_draw_is_said(tmp_path, capsys):
 def test_the_headline_of_a_defense_is_its_worst_case_on_most_images():
     runs = find_runs([ROOT / "results"])
     found = {
-        tuple(report.row(run, records)[key] for key in ("purifier", "classifier", "norm", "eps")): (run, records)
+        tuple(report.row(run, records)[key] for key in ("dataset", "purifier", "classifier", "norm", "eps")): (
+            run,
+            records,
+        )
         for run, records, _ in report.headline(runs)
     }
-    run, records = found["diffpure", "resnet", "Linf", "16/255"]
+    run, records = found["fashion-mnist", "diffpure", "resnet", "Linf", "16/255"]
     assert len(records) == 256 and run["names"]["attack"] == report.WORST and run["identity"]["view"] == "exact"
     assert len(found) == len(report.headline(runs))
