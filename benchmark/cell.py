@@ -64,7 +64,7 @@ class Settings:
     norm: str | None = None
     """Of the threat model; the attack's first if None: Linf, but for stadv."""
     eps: str | float | Fraction | None = None
-    view: str = "exact"
+    view: str = "auto"
     attacker: str | None = None
     draws: int | None = None
     seed: int = 0
@@ -152,6 +152,8 @@ class Cell:
             raise UsageError(
                 f"{attack}: {', '.join(useless)} would have no effect: {self.attack.display(self.drawing)}"
             )
+        if self.attack.gradients(self.drawing):
+            self.view = self.view.fitting(self.attacker.purifier)
         self.package = self.attack.package(self.drawing)
         if self.view.foreknown and self.package:
             raise UsageError(f"--view {s.view}: {attack} draws its own noise and can't be told the verdict's")

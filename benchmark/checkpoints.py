@@ -6,6 +6,7 @@ its sha256. A part with a ``config.json`` of diffusers is built from that, so a 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import inspect
@@ -103,7 +104,7 @@ def build(kind: str, text: str | Spec, need: Need) -> Component:
     Raises:
         UsageError: for an unknown name or option, a value out of range, missing or altered weights.
     """
-    spec = registry.parse(text) if isinstance(text, str) else text
+    spec = _named(registry.parse(text) if isinstance(text, str) else text)
     if kind == "classifiers" and spec.name in zoo.ZOOS:
         return _from_zoo(spec, need)
     family, shape, classes = need.form
@@ -138,6 +139,14 @@ def build(kind: str, text: str | Spec, need: Need) -> Component:
     return Component(
         module.eval().requires_grad_(False), Spec(spec.name, spec.argument, options), hashes, accuracy
     )  # fmt: skip
+
+
+def _named(spec: Spec) -> Spec:
+    """A spec by the name of its card: "vae:weights=beta4" is the card vae-beta4."""
+    if "weights" not in spec.options:
+        return spec
+    options = dict(spec.options)
+    return Spec(f"{spec.name}-{registry.show(options.pop('weights'))}", spec.argument, options)
 
 
 def _remedy(kind: str, name: str, need: Need) -> str:
@@ -221,13 +230,20 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, bool | int | float | str | Fraction)
 
 
+def halve(net: nn.Module) -> None:
+    """Round all numbers of a network to half precision, as they lie on disk; it goes on computing in full."""
+    state = net.state_dict()
+    net.load_state_dict({k: v.half().to(v.dtype) if v.is_floating_point() else v for k, v in state.items()})
+
+
 def save(folder: Path, parts: dict[str, nn.Module]) -> dict[str, dict[str, str]]:
-    """Write each part as safetensors, diffusers' models with their config; returns the card's list of files."""
+    """Write each part in half precision as safetensors, diffusers' models with their config; returns a card's files."""
     from safetensors.torch import save_file
 
     files = {}
     for name, net in parts.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
+        net = copy.deepcopy(net).half()
         if hasattr(net, "save_pretrained"):
             cast(Any, net).save_pretrained(folder / name)
         else:
@@ -248,7 +264,7 @@ def check_files(card: Path) -> int:
 def _checked(folder: Path, entry: dict[str, Any]) -> Path:
     """The file of a card's entry, beside the card or in an installed package, if its sha256 is the card's."""
     package = entry.get("package")
-    file = _in_package(package, entry["file"]) if package else folder / entry["file"]
+    file = _in_package(package, entry["file"]) if package else _beside(folder, entry)
     found = sha256(file) if file.is_file() else "no such file"
     if found != entry["sha256"]:
         if package:
@@ -266,6 +282,14 @@ def _checked(folder: Path, entry: dict[str, Any]) -> Path:
     return file
 
 
+def _beside(folder: Path, entry: dict[str, Any]) -> Path:
+    """The file of a card's entry: in the card's folder, or in that of the card whose part it shares."""
+    if "of" not in entry:
+        return folder / entry["file"]
+    near, shipped = (root / entry["of"] / entry["file"] for root in (folder.parent, SHIPPED / folder.parent.name))
+    return near if near.is_file() else shipped
+
+
 def _load_part(folder: Path, name: str, entry: dict[str, Any], fresh: nn.Module) -> tuple[nn.Module, str]:
     """A part's network with the weights of a card's entry."""
     file = _checked(folder, entry)
@@ -275,7 +299,7 @@ def _load_part(folder: Path, name: str, entry: dict[str, Any], fresh: nn.Module)
     state = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
     for old, new in entry.get("rename", {}).items():
         state = {key.replace(old, new): value for key, value in state.items()}
-    config = folder / name / "config.json"
+    config = file.parent / "config.json"
     if config.is_file() and (class_name := json.loads(config.read_text()).get("_class_name")):
         import diffusers
 

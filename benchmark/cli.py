@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import signal
 import sys
@@ -95,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument("paths", nargs="*", metavar="PATH", help="folders with runs, for black-box; or a saved --json")
     audit.add_argument("--only", choices=("gradients", "black-box"), help="gradients without folders, else black-box")
     _what(audit)
-    audit.set_defaults(attack="pgd", n_examples=8)
+    audit.set_defaults(attack="pgd", n_examples=8, view="exact")
     audit.add_argument("--json", action="store_true", help="one object")
 
     tables = _command(commands, "tables", _tables, "make the generated tables of Markdown files anew")
@@ -161,9 +162,10 @@ def _what(sub: argparse.ArgumentParser) -> None:
     )
     threat.add_argument(
         "--view",
-        default="exact",
-        help="what is differentiated: exact, bpda, blind, surrogate:gradient=NAME, adjoint; "
-        "with noise=verdict the attacker knows the draws that judge (exact)",
+        default="auto",
+        metavar="SPECS",
+        help="what is differentiated: exact, bpda, blind, surrogate:gradient=NAME, adjoint, or auto: exact, but for a "
+        "purifier that rounds its first surrogate; with noise=verdict the attacker knows the draws that judge (auto)",
     )
     threat.add_argument("--attacker", metavar="SPEC", help="differentiate this purifier instead; the verdict doesn't")
     effort = sub.add_argument_group("effort")
@@ -205,11 +207,12 @@ def _need(arguments: argparse.Namespace) -> Any:
 
 def _cells(arguments: argparse.Namespace) -> Iterator[Any]:
     """The cells of a command line."""
+    from benchmark import registry
     from benchmark.cell import Settings
     from benchmark.defenses import grid
 
     settings = Settings(
-        budget=arguments.budget, n=arguments.n_examples, norm=arguments.norm, view=arguments.view,
+        budget=arguments.budget, n=arguments.n_examples, norm=arguments.norm,
         attacker=arguments.attacker, draws=arguments.draws, seed=arguments.seed, rows=arguments.batch_size,
         device=_device(arguments.device), out=arguments.out, data_dir=arguments.data_dir,
         weights=arguments.weights, offline=arguments.offline, trust=arguments.trust_checkpoint,
@@ -217,10 +220,11 @@ def _cells(arguments: argparse.Namespace) -> Iterator[Any]:
         mixed_environment=getattr(arguments, "mixed_environment", False),
         stop_after=getattr(arguments, "stop_after", None),
     )  # fmt: skip
-    for seed in _seeds(arguments):
+    views = [view for item in registry.expand(arguments.view) for view in registry.split(item)]
+    for seed, view in itertools.product(_seeds(arguments), views):
         yield from grid(
             arguments.purifier, arguments.classifier, arguments.attack, arguments.dataset, arguments.eps or [None],
-            dataclasses.replace(settings, seed=seed), arguments.copies, arguments.combine,
+            dataclasses.replace(settings, seed=seed, view=view), arguments.copies, arguments.combine,
         )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -201,10 +202,16 @@ WORST = "worst-case"
 
 
 def groups(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Runs that differ only in the attack, together."""
+    """Runs that differ only in the attack, together; which gradient an attack takes is part of it.
+
+    Of a purifier that rounds every surrogate is a guess, and the strongest counts. Attackers that know less (blind,
+    bpda, adjoint) or more (the verdict's draws) stand apart.
+    """
     found: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         identity = dict(run["identity"])
+        if re.fullmatch(r"surrogate:gradient=\w+", identity["view"]):
+            identity["view"] = "exact"
         identity["weights"] = {k: v for k, v in identity["weights"].items() if not k.startswith("attack.")}
         key = json.dumps([identity[k] for k in CELL], sort_keys=True)
         found.setdefault(key, []).append(run)
@@ -248,11 +255,13 @@ def worst_of(group: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str
     chosen = [min((records[i] for records in by_id), key=_survival) for i in common]
     names = group[0]["names"] | {
         "attack": WORST,
-        "display": f"worst case of {', '.join(run['names']['display'] for run in group)}",
+        "display": f"worst case of {', '.join(dict.fromkeys(run['names']['display'] for run in group))}",
     }
+    views = dict.fromkeys(run["identity"]["view"] for run in group)
     budgets = {run["identity"]["budget"] for run in group}
     merged = group[0] | {
-        "identity": group[0]["identity"] | {"budget": budgets.pop() if len(budgets) == 1 else "mixed"},
+        "identity": group[0]["identity"]
+        | {"budget": budgets.pop() if len(budgets) == 1 else "mixed", "view": ", ".join(sorted(views))},
         "names": names,
         "preflight": all(run.get("preflight", True) for run in group),
         "mixed_environment": any(run.get("mixed_environment") for run in group),

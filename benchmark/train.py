@@ -9,6 +9,7 @@ import time
 import tomllib
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,16 @@ class Recipe:
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     objective: dict[str, Any] = field(default_factory=dict)
+    init: str | None = None
+    """The weights that training starts from, by the name of their card."""
+    critics: list[str] = field(default_factory=list)
+    """Networks of ``Purifier.critics`` that train along."""
+    judge: str | None = None
+    """A classifier whose features the objective compares; never the victim of the tables."""
+    skip_above: float = math.inf
+    """Steps with a longer gradient, or one that isn't finite, move nothing."""
+    settle: int = 0
+    """Training images handed to ``Purifier.settle`` at the end."""
 
 
 def recipes(dataset: str) -> dict[str, Recipe]:
@@ -89,9 +100,18 @@ def train(
     classes = (images.classes,) if recipe.kind == "classifiers" else ()
     parts = component.parts(images.shape, recipe.size, *classes)  # type: ignore[attr-defined]
     module = component(*parts.values(), **recipe.options).to(device).train()
-    _fit(module, recipe, images, folder / "state.pt", device)
-    measured = measure(module, recipe, dataset, data_dir=data_dir, limit=limit)
-    files = checkpoints.save(folder, {k: parts[k].cpu() for k in parts})
+    started = _start(recipe, images, parts, out)
+    aside = _aside(recipe, component, images, device)
+    skipped = _fit(module, recipe, images, folder / "state.pt", device, aside) if recipe.epochs else 0
+    if recipe.settle:
+        module.eval().settle(images.images(slice(0, recipe.settle)).to(device))  # type: ignore[operator]
+    # parts that came trained and weren't moved stay where they are
+    kept = {} if recipe.epochs else started
+    for name in parts.keys() - kept.keys():
+        checkpoints.halve(parts[name])
+    measured = measure(module, recipe, dataset, aside, data_dir=data_dir, limit=limit)
+    files = kept | checkpoints.save(folder, {k: v.cpu() for k, v in parts.items() if k not in kept})
+    files = {k: files[k] for k in parts}
     card = {
         "kind": recipe.kind,
         "component": recipe.component,
@@ -106,6 +126,7 @@ def train(
             "validation": f"the last {data.VALIDATION:,} training images, never trained on",
             "sha256": images.fingerprint,
         },
+        "skipped_steps": skipped,
         "measured": measured,
         "command": f"python -m benchmark train {name} --dataset {dataset}",
         "torch": torch.__version__.split("+")[0],
@@ -115,8 +136,55 @@ def train(
     return folder
 
 
+def _start(recipe: Recipe, images: data.Dataset, parts: dict[str, nn.Module], out: Path) -> dict[str, dict[str, str]]:
+    """Copy the weights that a recipe starts from into the parts that they have; their entries for a card."""
+    if recipe.init is None:
+        return {}
+    roots = (out,) if out.is_dir() else ()
+    path = checkpoints.cards(images.family, roots).get(recipe.init)
+    if path is None:
+        raise UsageError(
+            f"training starts from {recipe.init}, which has no weights; train it first into the same --out"
+        )
+    built = checkpoints.build(recipe.kind, recipe.init, checkpoints.Need(images.form, roots=roots))
+    trained = dict(built.module.named_children())
+    for name in parts.keys() & trained.keys():
+        parts[name].load_state_dict(trained[name].state_dict())
+    entries = checkpoints.read_card(path)["files"]
+    return {name: {"of": recipe.init} | entries[name] for name in parts.keys() & entries.keys()}
+
+
+def _aside(recipe: Recipe, component: Any, images: data.Dataset, device: str) -> dict[str, Any]:
+    """What the objective takes beside weights: critics that train along, the features of a judge."""
+    aside: dict[str, Any] = {}
+    if recipe.critics:
+        critics = component.critics(images.shape, recipe.size)
+        aside |= {name: critics[name].to(device).train() for name in recipe.critics}
+    if recipe.judge:
+        judge = checkpoints.build("classifiers", recipe.judge, checkpoints.Need(images.form)).module.to(device)
+        aside["judge"] = partial(_features, judge)
+    return aside
+
+
+def _features(network: nn.Module, x: Tensor) -> list[Tensor]:
+    """What the layers of a network's sequences give for images, while it still has height and width."""
+    found: list[Tensor] = []
+    layers = [layer for part in network.modules() if isinstance(part, nn.Sequential) for layer in part]
+    hooks = [layer.register_forward_hook(lambda module, inputs, output: found.append(output)) for layer in layers]
+    network(x)
+    for hook in hooks:
+        hook.remove()
+    return [f for f in found if f.ndim == 4 and f.shape[-1] > 1]
+
+
 def measure(
-    module: nn.Module, recipe: Recipe, dataset: str, *, data_dir: str | None = None, limit: int | None = None
+    module: nn.Module,
+    recipe: Recipe,
+    dataset: str,
+    aside: dict[str, Any] | None = None,
+    *,
+    data_dir: str | None = None,
+    limit: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """What trained weights do on images they never saw: the objective and the accuracy, with n.
 
@@ -139,7 +207,7 @@ def measure(
             batch = Batch(images.images(rows).to(device), images.labels[rows].to(device))
             tape = Tape(recipe.seed, "measure", images.ids[rows])
             with torch.no_grad():
-                losses = module.objectives(batch, tape, **recipe.objective)  # type: ignore[operator]
+                losses = module.objectives(batch, tape, **recipe.objective, **aside or {})  # type: ignore[operator]
                 values = {f"objective of {k}": float(v) for k, v in losses.items()}
                 if recipe.kind == "classifiers":
                     values["accuracy"] = float((module(batch.x).argmax(1) == batch.y).float().mean())
@@ -152,54 +220,63 @@ def measure(
     return measured
 
 
-def _fit(module: nn.Module, recipe: Recipe, images: data.Dataset, state_file: Path, device: str) -> None:
-    """Minimise the objectives; leaves the averaged weights in ``module``."""
+def _fit(
+    module: nn.Module, recipe: Recipe, images: data.Dataset, state_file: Path, device: str, aside: dict[str, Any]
+) -> int:
+    """Minimise the objectives; leaves the averaged weights in ``module``. Returns how many steps were skipped."""
     from diffusers.training_utils import EMAModel
 
     per_epoch = len(images) // recipe.batch_size
     total = per_epoch * recipe.epochs
-    probe = _batch(images, recipe, 0, per_epoch, device)
-    keys = list(module.objectives(*probe, **recipe.objective))  # type: ignore[operator]
-    optimisers = {k: _optimiser(module, k, recipe) for k in keys}
+    objective = recipe.objective | aside
+    probe = _batch(images, recipe, 0, per_epoch, total, device)
+    keys = list(module.objectives(*probe, **objective))  # type: ignore[operator]
+    critics = {k: v for k, v in aside.items() if isinstance(v, nn.Module)}
+    optimisers = {k: _optimiser(module, k, recipe, critics) for k in keys}
     schedules = {
         k: torch.optim.lr_scheduler.LambdaLR(o, lambda step: _one_cycle(step / total)) for k, o in optimisers.items()
     }
     ema = EMAModel(module.parameters(), decay=recipe.ema)
-    stateful: dict[str, Any] = {"module": module, "ema": ema}
+    stateful: dict[str, Any] = {"module": module, "ema": ema} | {f"critic {k}": v for k, v in critics.items()}
     stateful |= {f"optimiser {k}": o for k, o in optimisers.items()} | {f"lr {k}": s for k, s in schedules.items()}
-    first = 0
+    first = skipped = 0
     if state_file.exists():
         saved = torch.load(state_file, map_location=device, weights_only=True)
         if saved["total"] != total:
             raise UsageError(f"{state_file} is of a training of {saved['total']} steps, not {total}; delete it")
         for k, part in stateful.items():
             part.load_state_dict(saved[k])
-        first = saved["step"]
+        first, skipped = saved["step"], saved["skipped"]
 
     last_save = time.monotonic()
     progress = tqdm(range(first, total), initial=first, total=total, unit="it", desc=state_file.parent.name)
     progress.mininterval = 0.1 if os.isatty(2) else 30
     mean = {k: 0.0 for k in keys}
     for step in progress:
-        batch, tape = _batch(images, recipe, step, per_epoch, device)
+        batch, tape = _batch(images, recipe, step, per_epoch, total, device)
         if recipe.adversarial_eps:
             batch = _adversarial(module, batch, tape, Fraction(recipe.adversarial_eps))
-        losses = module.objectives(batch, tape, **recipe.objective)  # type: ignore[operator]
+        losses = module.objectives(batch, tape, **objective)  # type: ignore[operator]
         for k, loss in losses.items():
             optimisers[k].zero_grad(set_to_none=True)
             loss.backward(retain_graph=len(losses) > 1)
-            nn.utils.clip_grad_norm_([p for g in optimisers[k].param_groups for p in g["params"]], 1.0)
-            optimisers[k].step()
+            length = nn.utils.clip_grad_norm_([p for g in optimisers[k].param_groups for p in g["params"]], 1.0)
+            if length <= recipe.skip_above:  # false for nan
+                optimisers[k].step()
+            else:
+                skipped += 1
             schedules[k].step()
             mean[k] += (loss.item() - mean[k]) * max(0.01, 1 / (step - first + 1))
         ema.step(module.parameters())
         progress.set_postfix({k: f"{v:.4g}" for k, v in mean.items()}, refresh=False)
         if time.monotonic() - last_save > SAVE_EVERY:
-            saved = {k: part.state_dict() for k, part in stateful.items()} | {"step": step + 1, "total": total}
+            saved = {k: part.state_dict() for k, part in stateful.items()}
+            saved |= {"step": step + 1, "total": total, "skipped": skipped}
             torch.save(saved, state_file.with_suffix(".new"))
             state_file.with_suffix(".new").replace(state_file)
             last_save = time.monotonic()
     ema.copy_to(module.parameters())
+    return skipped
 
 
 def _one_cycle(progress: float, warm_up: float = 0.1) -> float:
@@ -209,12 +286,15 @@ def _one_cycle(progress: float, warm_up: float = 0.1) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
 
 
-def _optimiser(module: nn.Module, key: str, recipe: Recipe) -> torch.optim.Optimizer:
-    parameters = [p for part in key.split("+") for p in module.get_submodule(part).parameters()]
+def _optimiser(module: nn.Module, key: str, recipe: Recipe, critics: dict[str, nn.Module]) -> torch.optim.Optimizer:
+    parts = [critics[part] if part in critics else module.get_submodule(part) for part in key.split("+")]
+    parameters = [p for part in parts for p in part.parameters()]
     return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
 
 
-def _batch(images: data.Dataset, recipe: Recipe, step: int, per_epoch: int, device: str) -> tuple[Batch, Tape]:
+def _batch(
+    images: data.Dataset, recipe: Recipe, step: int, per_epoch: int, total: int, device: str
+) -> tuple[Batch, Tape]:
     """The batch of a step and its noise, both functions of (seed, step) alone."""
     epoch, position = divmod(step, per_epoch)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch))
@@ -223,7 +303,7 @@ def _batch(images: data.Dataset, recipe: Recipe, step: int, per_epoch: int, devi
     x = images.images(rows)
     for name in recipe.augment:
         x = AUGMENT[name](x, tape.fold("augment", name))
-    return Batch(x.to(device), images.labels[rows].to(device)), tape
+    return Batch(x.to(device), images.labels[rows].to(device), step / total), tape
 
 
 def _flip(x: Tensor, tape: Tape) -> Tensor:
@@ -249,4 +329,5 @@ def _adversarial(module: nn.Module, batch: Batch, tape: Tape, eps: Fraction) -> 
     threat = Linf(eps)
     start = threat.random(batch.x, tape.fold("adversarial")).requires_grad_()
     (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(module(start), batch.y), start)
-    return Batch(threat.project(start.detach() + threat.step(gradient, 1.25 * float(eps)), batch.x), batch.y)
+    moved = threat.project(start.detach() + threat.step(gradient, 1.25 * float(eps)), batch.x)
+    return batch._replace(x=moved)

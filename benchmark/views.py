@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from functools import partial
 
+from torch import nn
+
 from attacks import VIEWS
 from attacks import View as GradientView
 from benchmark import registry
@@ -15,6 +17,7 @@ class View:
     """What ``--view`` says: a view of the defense with its options, e.g. "surrogate:gradient=mean".
 
     ``noise=verdict`` is an option of each: the attacker knows the draws that will judge, as no attacker can.
+    "auto" is the exact gradient where a purifier has one, else its first surrogate; ``fitting`` decides.
 
     Raises:
         UsageError: for an unknown view or option.
@@ -22,8 +25,11 @@ class View:
 
     def __init__(self, text: str):
         spec = registry.parse(text)
+        self.auto = spec.name == "auto"
+        if self.auto:
+            spec = registry.Spec("exact", spec.argument, spec.options)
         if spec.name not in VIEWS:
-            raise UsageError(registry.unknown("view", spec.name, sorted(VIEWS)))
+            raise UsageError(registry.unknown("view", spec.name, ["auto", *sorted(VIEWS)]))
         noise = spec.options.pop("noise", "fresh")
         if noise not in ("fresh", "verdict"):
             raise UsageError(f"--view {text}: noise is fresh or verdict, got {noise!r}")
@@ -33,6 +39,14 @@ class View:
             raise UsageError(f"--view {text} needs {', '.join(missing)}, e.g. {spec.name}:{missing[0]}=NAME")
         self.make = partial(VIEWS[spec.name], **options)
         self.spec = registry.Spec(spec.name, None, options | ({"noise": noise} if self.foreknown else {}))
+
+    def fitting(self, purifier: nn.Module) -> View:
+        """The view that "auto" means for a purifier; any other is itself."""
+        if not self.auto or getattr(purifier, "differentiable", True):
+            return self
+        noise = ",noise=verdict" if self.foreknown else ""
+        surrogates = getattr(purifier, "surrogates", ())
+        return View(f"surrogate:gradient={surrogates[0]}{noise}" if surrogates else f"bpda:{noise[1:]}".rstrip(":"))
 
     def __call__(self, keep: int | None) -> GradientView:
         return self.make(keep)

@@ -80,13 +80,13 @@ def _compact(runs: list[dict[str, Any]]) -> str:
     several = len({run["identity"]["seed"] for run in runs}) > 1
     for group in sorted(report.groups(runs), key=_order):
         ids = set.intersection(*({r["id"] for r in run["records"]} for run in group))
-        rows_of = {
-            run["names"]["attack"]: report.row(run, [r for r in run["records"] if r["id"] in ids])
-            for run in group
-            if ids
-        }
-        if not rows_of:
+        if not ids:
             continue
+        by_attack: dict[str, list[dict[str, Any]]] = {}
+        for run in group:
+            shared = [r for r in run["records"] if r["id"] in ids]
+            by_attack.setdefault(run["names"]["attack"], []).append(run | {"records": shared})
+        rows_of = {a: report.row(*_over_views(runs_of)) for a, runs_of in by_attack.items()}
         for attack, row in rows_of.items():
             displays.setdefault(attack, []).append(row["display"])
         whole = len(rows_of) > 1
@@ -102,6 +102,14 @@ def _compact(runs: list[dict[str, Any]]) -> str:
         lines.append(f"| {' | '.join([cells[0] + view, *cells[1:]])} |")
     legend = [f"{a}: {' or '.join(dict.fromkeys(displays[a]))}" for a in attacks if a in displays]
     return "\n".join([*lines, "", f"{'; '.join(legend + _specs(runs))}."]) + "\n"
+
+
+def _over_views(runs: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One attack's run and records, or, where it took several gradients, their worst case under its own name."""
+    if len(runs) == 1:
+        return runs[0], runs[0]["records"]
+    worst, records = report.worst_of(runs)
+    return worst | {"names": runs[0]["names"]}, records
 
 
 def _base(attack: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
@@ -20,10 +21,11 @@ Purify: TypeAlias = Callable[[nn.Module, Tensor, "Noise | None"], Tensor]
 
 
 class Batch(NamedTuple):
-    """Training images in [0, 1] and their labels."""
+    """Training images in [0, 1] and their labels; the share of the training that is done."""
 
     x: Tensor
     y: Tensor
+    progress: float = 1.0
 
 
 class SDE(NamedTuple):
@@ -69,10 +71,17 @@ class Purifier(nn.Module):
     """Whether two draws on the same input differ. Declared here, verified by a contract test."""
     surrogates: ClassVar[tuple[str, ...]] = ()
     """Gradients besides the exact one that an attacker may choose, e.g. ("ste", "soft", "bypass")."""
+    through: str = "exact"
+    """Which gradient the stages have: the exact one, or, in a stand-in for an attacker, one of ``surrogates``."""
+    differentiable: bool = True
+    """Whether the exact gradient says anything. A purifier that rounds is constant between its jumps: an attacker takes
+    one of its surrogates, or the identity."""
     encodes: bool = False
     """Whether ``start`` encodes: its state is a code, and an attack may aim at the encoder alone."""
     dial: ClassVar[str | None] = None
     """The option that sets the strength, for comparisons at matched clean accuracy."""
+    given: ClassVar[tuple[str, ...]] = ()
+    """Parts that ``objectives`` leaves alone: another purifier's, or set by ``settle``."""
     steps: int = 0
     """How many times ``step`` is called in a round; 0 for one-shot purifiers."""
 
@@ -127,12 +136,16 @@ class Purifier(nn.Module):
         return None
 
     def surrogate(self, name: str) -> Purifier:
-        """A purifier of the same stages whose backward pass an attacker may put in place of the exact one.
+        """This purifier with ``through`` set: its backward pass may stand in for the exact one.
 
         Raises:
             ValueError: for a name that isn't in ``surrogates``.
         """
-        raise ValueError(f"{type(self).__name__} has no surrogate {name!r}; it offers {self.surrogates or 'none'}")
+        if name not in self.surrogates:
+            raise ValueError(f"{type(self).__name__} has no surrogate {name!r}; it offers {self.surrogates or 'none'}")
+        twin = copy.copy(self)
+        twin.through = name
+        return twin
 
     @property
     def nfe(self) -> int:
@@ -151,6 +164,17 @@ class Purifier(nn.Module):
     def parts(cls, shape: tuple[int, int, int], size: str = "tiny") -> dict[str, nn.Module]:
         """Fresh networks for images of ``shape`` (C, H, W), keyed by the constructor's positional parameters."""
         return {}
+
+    @classmethod
+    def critics(cls, shape: tuple[int, int, int], size: str = "tiny") -> dict[str, nn.Module]:
+        """Fresh networks that only training needs, keyed by the argument of ``objectives`` that takes them.
+
+        A recipe names those it wants. Each has a loss of its own under its key, listed after those of the parts.
+        """
+        return {}
+
+    def settle(self, x: Images) -> None:
+        """Set what has a closed form, or a library's fit, from many training images; called after training."""
 
 
 class Defense(nn.Module):

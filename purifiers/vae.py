@@ -2,78 +2,154 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from purifiers import _objectives
 from purifiers._base import Batch, Images, Purifier
-from purifiers._codec import KL
+from purifiers._codec import KL, Posterior
+from purifiers._critics import CodeCritic, ImageCritic
 from purifiers._noise import Noise
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-SIZES = {"tiny": (8, 8), "small": (16, 32, 64)}
+
+class Size(NamedTuple):
+    """Widths from the first level to the last, and channels of the code; each level but the first halves the sides."""
+
+    widths: tuple[int, ...]
+    code: int
+
+
+SIZES = {
+    "tiny": Size((8, 8), 4),
+    "small": Size((16, 32, 64), 4),
+    "spatial": Size((16, 32, 64), 16),
+    "vector": Size((16, 32, 32, 48, 48), 64),
+    "medium": Size((64, 128, 128), 8),
+}
+"""28×28 images: small 4×4×4, spatial 4×4×16, vector 1×1×64 (sides padded to 32). medium, for 32×32 on a GPU: 4×4×8."""
 
 
 class VAE(Purifier):
     """g(x) = D(z), z ~ N(mu(x), temperature² diag sigma²(x)), clamped to [0, 1].
 
-    What the code has no room for is lost: a perturbation, and fine texture with it.
+    What the code has no room for is lost: a perturbation, and fine texture with it. Weights that were trained with
+    nested codes order the channels of z by what they tell; ``code`` then sets how many are kept, the rest are 0.
+    ``surrogates``: "mean" is the gradient through mu alone, as if the spread didn't depend on x.
 
     Args:
         autoencoder: diffusers' AutoencoderKL.
-        temperature: scale of the posterior's standard deviation; 0 decodes the mean and makes g deterministic.
+        code: the first so many channels of z are kept; 0 keeps all.
+        temperature: scale of the posterior's standard deviation: 1 decodes a sample, 0 the mean, deterministically.
+        likelihood: "gaussian": D is the decoder's output; "bernoulli": its sigmoid.
         rounds: repetitions of the whole.
 
     Raises:
-        ValueError: if ``temperature`` is negative.
+        ValueError: if ``temperature`` is negative, ``code`` isn't among the channels, or the likelihood is unknown.
 
-    Reference: Kingma and Welling 2014 (arXiv 1312.6114); as a purifier: Li and Ji 2019 (arXiv 1812.02891).
+    Reference: Kingma and Welling 2014 (arXiv 1312.6114); as a purifier: Li and Ji 2019 (arXiv 1812.02891); nested
+    codes: Rippel et al. 2014 (arXiv 1402.0915).
     """
 
-    dial = "temperature"
+    dial = "code"
     surrogates = ("mean",)
     encodes = True
+    LIKELIHOODS: ClassVar[tuple[str, ...]] = ("gaussian", "bernoulli")
 
     def __init__(
         self,
         autoencoder: AutoencoderKL,
         *,
+        code: int = 0,
         temperature: float = 1.0,
+        likelihood: str = "gaussian",
         rounds: int = 1,
     ):
         super().__init__(rounds=rounds)
         if temperature < 0:
             raise ValueError(f"temperature must not be negative, got {temperature}")
+        channels = autoencoder.config.latent_channels
+        if not 0 <= code <= channels:
+            raise ValueError(f"code must lie in 1 ... {channels}, the code's channels, or be 0 for all; got {code}")
+        if likelihood not in self.LIKELIHOODS:
+            raise ValueError(f"likelihood must be {' or '.join(self.LIKELIHOODS)}, got {likelihood!r}")
         self.autoencoder, self.codec = autoencoder, KL(autoencoder)
-        self.temperature = temperature
+        self.code, self.temperature, self.likelihood = code, temperature, likelihood
         self.stochastic = temperature > 0
 
     def start(self, x: Images, noise: Noise) -> tuple[Tensor, Images]:
-        posterior = self.codec.encode(x)
-        if self.stochastic:
-            return posterior.sample(self.temperature * noise.normal("posterior", like=posterior.mean)), x
-        return posterior.mean, x
+        return self._kept(self._draw(self.codec.encode(x), noise)), x
 
     def finish(self, state: Tensor, context: Images) -> Images:
-        return self.codec.decode(state, context.shape).clamp(0, 1)
+        return self._image(self.codec.decode(state, context.shape)).clamp(0, 1)
 
-    def surrogate(self, name: str) -> Purifier:
-        """ "mean": the gradient through the posterior's mean alone, as if its spread didn't depend on x."""
-        return VAE(self.autoencoder, temperature=0.0) if name == "mean" else super().surrogate(name)
+    def objectives(
+        self,
+        batch: Batch,
+        noise: Noise,
+        *,
+        sigma_x: float | None = None,
+        beta: float = 1.0,
+        nested: bool = False,
+        warm_up: float = 0.0,
+        features: float = 0.0,
+        adversarial: float = 0.0,
+        correlation: float = 0.0,
+        judge: Callable[[Tensor], list[Tensor]] | None = None,
+        image_critic: nn.Module | None = None,
+        code_critic: nn.Module | None = None,
+    ) -> dict[str, Tensor]:
+        """-log p(x | z) + beta KL(q(z | x) ‖ N(0, I)), and the terms of the relatives where their weight isn't 0.
 
-    def objectives(self, batch: Batch, noise: Noise, *, sigma_x: float = 0.1, beta: float = 1.0) -> dict[str, Tensor]:
-        posterior = self.codec.encode(batch.x)
-        x_hat = self.codec.decode(posterior.sample(noise.normal("posterior", like=posterior.mean)), batch.x.shape)
-        return {"autoencoder": _objectives.elbo(batch.x, x_hat, *posterior, sigma_x=sigma_x, beta=beta)}
+        Args:
+            sigma_x: width of a Gaussian likelihood; None learns it.
+            beta: weight of the divergence (Higgins et al. 2017); 0 at temperature 0 is a plain autoencoder.
+            nested: half of the images keep a random number of channels of their code only.
+            warm_up: share of the training over which beta grows from 0.
+            features: weight, in nats per pixel, of matched features of ``image_critic`` or, without one, of ``judge``.
+            adversarial: weight, in nats per pixel, of passing for real with ``image_critic``.
+            correlation: weight of the total correlation that ``code_critic`` sees (FactorVAE, arXiv 1802.05983).
+            judge: a frozen network, x → features by layer.
+            image_critic, code_critic: networks that train against this one; see ``critics``.
+        """
+        x, pixels = batch.x, batch.x[0].numel()
+        posterior = self.codec.encode(x)
+        z, divergence = self._draw(posterior, noise), _objectives.divergence(*posterior)
+        if nested:
+            mask = self._random_code(z, noise)
+            z, divergence = z * mask, divergence * mask
+        decoded = self.codec.decode(z, x.shape)
+        x_hat = self._image(decoded)
+        bits = self.likelihood == "bernoulli"
+        likelihood = _objectives.bernoulli(x, decoded) if bits else _objectives.gaussian(x, x_hat, sigma_x)
+        weight = beta * min(1.0, batch.progress / warm_up) if warm_up else beta
+        losses = {"autoencoder": likelihood + weight * divergence.flatten(1).sum(1).mean()}
+        if image_critic is not None:
+            (real, _), (fake, score) = image_critic(x), image_critic(x_hat)
+            losses["autoencoder"] += pixels * features * _objectives.matched(real, fake)
+            losses["autoencoder"] += pixels * adversarial * _objectives.fooled(score)
+            (_, of_real), (_, of_fake) = image_critic(x), image_critic(_objectives.stopped(x_hat))
+            losses["image_critic"] = _objectives.told_apart(of_real, of_fake)
+        elif judge is not None:
+            losses["autoencoder"] += pixels * features * _objectives.matched(judge(x), judge(x_hat))
+        if code_critic is not None:
+            losses["autoencoder"] += correlation * code_critic(z.flatten(1)).mean()
+            codes = _objectives.stopped(z).flatten(1)
+            losses["code_critic"] = _objectives.told_apart(
+                code_critic(codes), code_critic(_objectives.shuffled(codes, noise))
+            )
+        return losses
 
     @classmethod
     def parts(cls, shape: tuple[int, int, int], size: str = "tiny") -> dict[str, nn.Module]:
         from diffusers import AutoencoderKL  # heavy: only where networks are built
 
-        channels, widths = 4 * shape[0], SIZES[size]  # on 2×2 patches: half the cost of pixels
+        channels, (widths, code) = 4 * shape[0], SIZES[size]  # on 2×2 patches: half the cost of pixels
         return {
             "autoencoder": AutoencoderKL(
                 in_channels=channels,
@@ -81,9 +157,39 @@ class VAE(Purifier):
                 block_out_channels=widths,
                 down_block_types=("DownEncoderBlock2D",) * len(widths),
                 up_block_types=("UpDecoderBlock2D",) * len(widths),
-                latent_channels=4,
+                latent_channels=code,
                 layers_per_block=1,
                 norm_num_groups=8 if size != "tiny" else 4,
                 mid_block_add_attention=False,
             )
         }
+
+    @classmethod
+    def critics(cls, shape: tuple[int, int, int], size: str = "tiny") -> dict[str, nn.Module]:
+        return {"image_critic": ImageCritic(shape[0]), "code_critic": CodeCritic(cls.dimensions(shape, size))}
+
+    @classmethod
+    def dimensions(cls, shape: tuple[int, int, int], size: str = "tiny") -> int:
+        """How many numbers the code of an image of ``shape`` (C, H, W) has."""
+        widths, code = SIZES[size]
+        factor = 2 ** len(widths)  # of the patches and the levels
+        return code * -(-shape[1] // factor) * -(-shape[2] // factor)
+
+    def _draw(self, posterior: Posterior, noise: Noise) -> Tensor:
+        if not self.stochastic or self.through == "mean":
+            return posterior.mean
+        return posterior.sample(self.temperature * noise.normal("posterior", like=posterior.mean))
+
+    def _kept(self, z: Tensor) -> Tensor:
+        if self.code in (0, z.shape[1]):
+            return z
+        return torch.cat((z[:, : self.code], torch.zeros_like(z[:, self.code :])), 1)
+
+    def _random_code(self, z: Tensor, noise: Noise) -> Tensor:
+        """Ones for the channels that are kept: all in half of the rows, else the first k, k uniform in 1 ... c."""
+        u, c = noise.uniform("nested", like=z[:, :1, :1, :1]), z.shape[1]
+        kept = torch.where(u < 0.5, c, 1 + (2 * (u - 0.5) * c).floor())
+        return (torch.arange(c, device=z.device).view(1, -1, 1, 1) < kept).to(z.dtype)
+
+    def _image(self, decoded: Tensor) -> Tensor:
+        return decoded.sigmoid() if self.likelihood == "bernoulli" else decoded

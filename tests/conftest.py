@@ -53,7 +53,11 @@ class Shrink(Purifier):
 
 VARIANTS: dict[str, list[dict]] = {
     "diffpure": [{"rule": "ode"}, {"rule": "eta"}, {"rule": "eta", "eta": 0.0}, {"labels": "continuous"}],
-    "vae": [{"temperature": 0.0}],
+    "vae": [{"temperature": 0.0}, {"code": 2}, {"likelihood": "bernoulli"}],
+    "vqvae": [{"codes": 4}, {"resample": 0.5}],
+    "nvae": [{"rule": "sample", "tau": 0.0}, {"keep": 1}, {"rule": ["mean", "sample", "mix"]}, {"keep": 3}],
+    "map": [{"begin": "prior"}, {"weight": 0.0}],
+    "elbo": [{"sign": True}],
 }
 """Options beside the defaults under which a purifier must keep its contract; a newcomer needs no entry."""
 
@@ -84,7 +88,8 @@ def make(newcomer):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             parts = component.parts(shape, "tiny")
-        return component(*parts.values(), **steps | chosen).double().eval()
+        purifier = component(*parts.values(), **steps | chosen).double().eval()
+        return purifier.requires_grad_(True)
 
     return build
 

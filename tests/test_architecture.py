@@ -76,7 +76,9 @@ def test_leaves_do_no_input_or_output(path):
 
 @pytest.mark.parametrize("path", [p for p in LEAF_FILES if p.parts[0] != "attacks"], ids=str)
 def test_purifiers_and_classifiers_never_cut_a_gradient(path):
-    assert not {name for name in names(tree(path)) if GRADIENT_CUTS.search(name)}
+    """Training losses may: no purification calls them."""
+    cuts = {name for name in names(tree(path)) if GRADIENT_CUTS.search(name)}
+    assert not cuts or path.name == "_objectives.py"
 
 
 @pytest.mark.parametrize("path", COMPONENTS, ids=str)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from attacks._gradient import ce
+from attacks._views import Exact, Surrogate
 from benchmark import registry
 from benchmark.preflight import Recording, RepeatedSite
 from purifiers import Batch, Defense, Tape
@@ -97,9 +98,21 @@ def test_the_recording_tape_notices():
 @every_purifier
 def test_the_gradient_is_finite_and_not_zero(case, make):
     x = images(B).requires_grad_()
-    (gradient,) = torch.autograd.grad(make(case)(x, tape()).square().sum(), x)
-    assert gradient.isfinite().all()
-    assert (gradient.flatten(1).norm(dim=1) > 0).all()
+    purifier = make(case)
+    for through in (["exact"] if purifier.differentiable else []) + list(purifier.surrogates):
+        view = Exact() if through == "exact" else Surrogate(gradient=through)
+        (gradient,) = torch.autograd.grad(view(purifier, x, tape()).square().sum(), x)
+        assert gradient.isfinite().all()
+        assert (gradient.flatten(1).norm(dim=1) > 0).all(), through
+
+
+@every_purifier
+def test_a_purifier_is_differentiable_as_declared(case, make):
+    """One that isn't is constant between jumps, and offers another gradient."""
+    purifier, x = make(case), images(B).requires_grad_()
+    (gradient,) = torch.autograd.grad(purifier(x, tape()).square().sum(), x, allow_unused=True, materialize_grads=True)
+    assert gradient.any() == purifier.differentiable
+    assert purifier.differentiable or purifier.surrogates
 
 
 @every_purifier
@@ -136,7 +149,7 @@ def test_objectives_reach_every_parameter_of_the_parts_they_name(case, make):
     purifier = make(case).train()
     parts = {k: v for k, v in purifier.named_children() if k in type(purifier).parts(SHAPE, "tiny")}
     losses = purifier.objectives(Batch(images(B), torch.arange(B)), tape())
-    assert {part for key in losses for part in key.split("+")} == set(parts)
+    assert {part for key in losses for part in key.split("+")} | set(purifier.given) == set(parts)
     for key, loss in losses.items():
         assert loss.shape == () and loss.isfinite()
         purifier.zero_grad()
