@@ -80,6 +80,16 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--columns", metavar="NAMES", help="only these, e.g. purifier,attack,robust; not in latex")
     report.add_argument("--out", metavar="FOLDER", help="html is written to FOLDER/index.html; figures go here")
     report.add_argument("--figures", action="store_true", help="draw figures into --out (figures): PDF, PNG and CSV")
+    report.add_argument(
+        "--gallery", nargs="?", const="gallery.png", metavar="FILE",
+        help="draw images of the runs, attacked and purified (gallery.png and .pdf), and print no table",
+    )  # fmt: skip
+    report.add_argument("--images", type=int, default=2, metavar="N", help="images of a gallery (2)")
+    report.add_argument(
+        "--match", metavar="SHARES", help="per purifier the setting of closest clean accuracy, e.g. 0.85,0.80"
+    )
+    report.add_argument("--weights", metavar="FOLDER", help="a folder with further cards, for galleries")
+    report.add_argument("--data-dir", metavar="FOLDER", help="where data sets lie, for galleries")
     report.add_argument("--sort", metavar="COLUMN", help="order rows by a column; descending as --sort=-COLUMN")
     report.add_argument(
         "--worst-case", action=argparse.BooleanOptionalAction, help="the row over attacks (default: in md and latex)"
@@ -98,6 +108,23 @@ def parser() -> argparse.ArgumentParser:
     _what(audit)
     audit.set_defaults(attack="pgd", n_examples=8, view="exact")
     audit.add_argument("--json", action="store_true", help="one object")
+
+    diagnose = _command(commands, "diagnose", _diagnose, "what the purifiers of runs lose and let through")
+    diagnose.add_argument("paths", nargs="*", default=["results/run"], metavar="FOLDER", help="folders with runs")
+    diagnose.add_argument("--n-examples", type=int, default=32, metavar="N", help="images of each run (32)")
+    diagnose.add_argument("--weights", metavar="FOLDER", help="a folder with further cards")
+    diagnose.add_argument("--data-dir", metavar="FOLDER", help="where data sets lie")
+    diagnose.add_argument("--json", action="store_true", help="one object: a list under runs")
+
+    purify = _command(commands, "purify", _purify, "clean an image file")
+    purify.add_argument("image", type=Path, metavar="IMAGE", help="any format that Pillow reads")
+    purify.add_argument(
+        "--purifier", default="diffpure", metavar="SPEC", help="e.g. vae, diffpure:t_star=0.1 (diffpure)"
+    )
+    purify.add_argument("--out", type=Path, required=True, metavar="FILE", help="e.g. clean.png; must not exist")
+    purify.add_argument("--resize", action="store_true", help="scale an image of another size to the data set's")
+    purify.add_argument("--seed", type=int, default=0, help="of the draw (0)")
+    _files(purify)
 
     tables = _command(commands, "tables", _tables, "make the generated tables of Markdown files anew")
     tables.add_argument("files", nargs="+", type=Path, metavar="FILE", help="with <!-- table: COMMAND --> blocks")
@@ -293,6 +320,11 @@ def _report(arguments: argparse.Namespace) -> int:
     if arguments.compact:
         print(writers.compact(find_runs(arguments.paths)), end="")
         return DONE
+    if arguments.gallery:
+        return _gallery(arguments)
+    if arguments.match:
+        print(writers.matches(report.matched(find_runs(arguments.paths), _shares(arguments.match))), end="")
+        return DONE
     if arguments.bibtex:
         from benchmark.references import bibtex
 
@@ -317,6 +349,58 @@ def _report(arguments: argparse.Namespace) -> int:
             raise UsageError("--with-published is for Markdown: a machine's table never mixes protocols")
         text += published(Path(arguments.with_published))
     print(text, end="")
+    return DONE
+
+
+def _shares(text: str) -> list[float]:
+    """Accuracies as fractions of a comma-separated list."""
+    try:
+        shares = [float(word) for word in text.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise UsageError(f"--match {text}: expected fractions with commas, e.g. 0.85,0.80")
+    return shares
+
+
+def _gallery(arguments: argparse.Namespace) -> int:
+    from benchmark.gallery import gallery
+
+    print("\n".join(map(str, gallery(_replays(arguments, arguments.images), Path(arguments.gallery)))))
+    return DONE
+
+
+def _replays(arguments: argparse.Namespace, count: int) -> list[Any]:
+    """The images of the runs below some folders."""
+    from benchmark.replay import replay
+    from benchmark.results import find_runs
+
+    if count < 1:
+        raise UsageError(f"at least one image is needed, got {count}")
+    weights = [Path(arguments.weights)] if arguments.weights else []
+    runs = find_runs(arguments.paths)
+    return [replay(run, count, weights=weights, data_dir=arguments.data_dir) for run in runs]
+
+
+def _diagnose(arguments: argparse.Namespace) -> int:
+    from benchmark.diagnose import diagnosis, render
+
+    found = [diagnosis(replayed) for replayed in _replays(arguments, arguments.n_examples)]
+    print(
+        json.dumps({"runs": found}, indent=2) if arguments.json else render(found), end="\n" if arguments.json else ""
+    )
+    return DONE
+
+
+def _purify(arguments: argparse.Namespace) -> int:
+    from benchmark.purify import purify
+
+    spec = purify(
+        arguments.image, arguments.out, arguments.purifier, _need(arguments), resize=arguments.resize,
+        seed=arguments.seed,
+    )  # fmt: skip
+    print(f"purified by {spec}", file=sys.stderr)
+    print(arguments.out)
     return DONE
 
 
@@ -404,6 +488,9 @@ def _list(arguments: argparse.Namespace) -> int:
             _describe(arguments.kind, name, json.loads(cards[name].read_text()) if name in cards else {})
             for name in checkpoints.names(arguments.kind, family, roots)
         ]
+        if arguments.kind == "purifiers":
+            need = checkpoints.Need(data.form(arguments.dataset), roots=tuple(roots))
+            entries = [entry | _abilities(checkpoints.build("purifiers", entry["name"], need)) for entry in entries]
     if arguments.kind == "classifiers":
         entries += zoo.listing(family)
     if arguments.json:
@@ -433,6 +520,19 @@ def _describe(kind: str, name: str, card: dict[str, Any]) -> dict[str, Any]:
     name += f":{component.argument}" if hasattr(component, "argument") else ""
     entry = {"name": name, "about": about, "options": {k: registry.show(v) for k, v in options.items()}}
     return entry if kind == "attacks" else entry | {"weights": bool(card.get("files"))}
+
+
+def _abilities(built: Any) -> dict[str, Any]:
+    """What a purifier costs and how it is set and attacked."""
+    g = built.module
+    return {
+        "parameters": sum(p.numel() for p in g.parameters()),
+        "nfe": g.nfe,
+        "stochastic": g.stochastic,
+        "dial": g.dial,
+        "differentiable": g.differentiable,
+        "surrogates": ", ".join(g.surrogates),
+    }
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,6 +118,23 @@ def shares(records: list[dict[str, Any]], key: str = "adv") -> np.ndarray:
     """The share of correct draws per image."""
     label = np.array([r["label"] for r in records])
     return stats.mean_rule(_predicted(records, key) == label[:, None])
+
+
+def matched(runs: Iterable[dict[str, Any]], targets: Sequence[float]) -> list[dict[str, Any]]:
+    """Of each purifier's settings the one whose clean accuracy comes closest to a target, for each target.
+
+    Families are compared at matched clean accuracy; the runs are of validation images, so that no test image chooses.
+    """
+    found = []
+    families: dict[tuple, list[dict[str, Any]]] = {}
+    for one in rows([run for run in runs if run["records"]]):
+        name = one["purifier"].split(":")[0]
+        families.setdefault((one["dataset"], name, one["classifier"]), []).append(one)
+    for (_, name, _), settings in families.items():
+        for target in targets:
+            best = min(settings, key=lambda one: (abs(one["clean"] - target), one["purifier"]))
+            found.append(best | {"family": name, "target": target, "settings": len(settings)})
+    return found
 
 
 def comparison(reference: dict[str, Any], others: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

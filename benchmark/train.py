@@ -22,6 +22,8 @@ from benchmark.errors import UsageError
 from purifiers import Batch, Tape
 
 RECIPES = Path(__file__).parent / "recipes.toml"
+LARGER = "cifar10"
+"""The data set whose recipes, for a GPU, stand in the cards of small models, too."""
 SAVE_EVERY = 60.0
 """Seconds between saves of a training under way."""
 
@@ -49,7 +51,7 @@ class Recipe:
     """Networks of ``Purifier.critics`` that train along."""
     judge: str | None = None
     """A classifier whose features the objective compares; never the victim of the tables."""
-    skip_above: float = math.inf
+    skip_above: float | None = None
     """Steps with a longer gradient, or one that isn't finite, move nothing."""
     settle: int = 0
     """Training images handed to ``Purifier.settle`` at the end."""
@@ -131,6 +133,9 @@ def train(
         "command": f"python -m benchmark train {name} --dataset {dataset}",
         "torch": torch.__version__.split("+")[0],
     }
+    if dataset != LARGER and name in recipes(LARGER):
+        command = f"python -m benchmark train {name} --dataset {LARGER} --device cuda"
+        card["larger"] = {"recipe": asdict(recipes(LARGER)[name]), "command": command}
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     (folder / "state.pt").unlink(missing_ok=True)
     return folder
@@ -261,7 +266,7 @@ def _fit(
             optimisers[k].zero_grad(set_to_none=True)
             loss.backward(retain_graph=len(losses) > 1)
             length = nn.utils.clip_grad_norm_([p for g in optimisers[k].param_groups for p in g["params"]], 1.0)
-            if length <= recipe.skip_above:  # false for nan
+            if length <= (recipe.skip_above or math.inf):  # false for nan
                 optimisers[k].step()
             else:
                 skipped += 1

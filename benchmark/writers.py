@@ -104,6 +104,17 @@ def _compact(runs: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"{'; '.join(legend + _specs(runs))}."]) + "\n"
 
 
+def matches(found: Sequence[dict[str, Any]]) -> str:
+    """``report.matched`` as Markdown."""
+    head = "| family | target clean % | setting | clean % [95 %] | n | draws | settings tried |\n|" + "---|" * 7
+    lines = [
+        f"| {f['family']} | {100 * f['target']:.0f} | {f['purifier']} | {_with_interval(f, 'clean')} | {f['n']} | "
+        f"{f['draws']} | {f['settings']} |"
+        for f in found
+    ]
+    return "\n".join([head, *lines]) + "\n"
+
+
 def _over_views(runs: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One attack's run and records, or, where it took several gradients, their worst case under its own name."""
     if len(runs) == 1:

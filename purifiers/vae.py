@@ -109,7 +109,8 @@ class VAE(Purifier):
         Args:
             sigma_x: width of a Gaussian likelihood; None learns it.
             beta: weight of the divergence (Higgins et al. 2017); 0 at temperature 0 is a plain autoencoder.
-            nested: half of the images keep a random number of channels of their code only.
+            nested: half of the batches keep a random number of channels of their codes only: every cut is a model of
+                its own, with a learned width of its own.
             warm_up: share of the training over which beta grows from 0.
             features: weight, in nats per pixel, of matched features of ``image_critic`` or, without one, of ``judge``.
             adversarial: weight, in nats per pixel, of passing for real with ``image_critic``.
@@ -121,8 +122,8 @@ class VAE(Purifier):
         posterior = self.codec.encode(x)
         z, divergence = self._draw(posterior, noise), _objectives.divergence(*posterior)
         if nested:
-            mask = self._random_code(z, noise)
-            z, divergence = z * mask, divergence * mask
+            kept = _random_cut(z, noise)
+            z, divergence = _cut(z, kept), _cut(divergence, kept)
         decoded = self.codec.decode(z, x.shape)
         x_hat = self._image(decoded)
         bits = self.likelihood == "bernoulli"
@@ -181,15 +182,18 @@ class VAE(Purifier):
         return posterior.sample(self.temperature * noise.normal("posterior", like=posterior.mean))
 
     def _kept(self, z: Tensor) -> Tensor:
-        if self.code in (0, z.shape[1]):
-            return z
-        return torch.cat((z[:, : self.code], torch.zeros_like(z[:, self.code :])), 1)
-
-    def _random_code(self, z: Tensor, noise: Noise) -> Tensor:
-        """Ones for the channels that are kept: all in half of the rows, else the first k, k uniform in 1 ... c."""
-        u, c = noise.uniform("nested", like=z[:, :1, :1, :1]), z.shape[1]
-        kept = torch.where(u < 0.5, c, 1 + (2 * (u - 0.5) * c).floor())
-        return (torch.arange(c, device=z.device).view(1, -1, 1, 1) < kept).to(z.dtype)
+        return _cut(z, self.code) if self.code else z
 
     def _image(self, decoded: Tensor) -> Tensor:
         return decoded.sigmoid() if self.likelihood == "bernoulli" else decoded
+
+
+def _cut(z: Tensor, kept: int) -> Tensor:
+    """z (B, c, h, w) with zeros in all but the first ``kept`` channels."""
+    return torch.cat((z[:, :kept], torch.zeros_like(z[:, kept:])), 1)
+
+
+def _random_cut(z: Tensor, noise: Noise) -> int:
+    """How many channels a batch keeps: half of the time all, else uniform in 1 … c."""
+    u, c = float(noise.uniform("nested", like=z[:, :1, 0, 0])[0]), z.shape[1]
+    return c if u < 0.5 else 1 + int(2 * (u - 0.5) * c)

@@ -88,10 +88,18 @@ def make(newcomer):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             parts = component.parts(shape, "tiny")
-        purifier = component(*parts.values(), **steps | chosen).double().eval()
-        return purifier.requires_grad_(True)
+            for network in parts.values():
+                if hasattr(network, "groups"):  # a ladder starts out nearly blind to the image
+                    for head in network.groups:
+                        torch.nn.init.normal_(head.of_posterior.outwards.weight, std=3.0)
+        return component(*parts.values(), **steps | chosen).double().eval()
 
     return build
+
+
+def smooth(purifier: Purifier) -> Purifier:
+    """The purifier; in place of one that rounds, the last of its surrogates: a differentiable function."""
+    return purifier if purifier.differentiable else purifier.surrogate(purifier.surrogates[-1])
 
 
 def classifier(shape: tuple[int, int, int] = SHAPE, seed: int = 1) -> torch.nn.Module:

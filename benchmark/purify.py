@@ -1,0 +1,51 @@
+"""One image file, purified."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from benchmark import checkpoints
+from benchmark.errors import UsageError
+from purifiers import Tape
+from purifiers._base import call
+
+
+def purify(source: Path, target: Path, purifier: str, need: checkpoints.Need, *, resize: bool, seed: int) -> str:
+    """Write a purified copy of an image; returns the purifier's canonical spec.
+
+    The image is read in the data set's channels, 8 bits each. Draws depend on the seed alone.
+
+    Raises:
+        UsageError: if the file isn't an image or is of another size than the purifier takes; if the target exists.
+    """
+    if target.exists():
+        raise UsageError(f"--out {target} exists; nothing was overwritten")
+    channels, height, width = need.form.shape
+    try:
+        with Image.open(source) as opened:
+            image = opened.convert("L" if channels == 1 else "RGB")
+    except FileNotFoundError:
+        raise UsageError(f"{source}: no such file") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise UsageError(f"{source} isn't an image that Pillow reads: {error}") from error
+    if image.size != (width, height):
+        if not resize:
+            raise UsageError(
+                f"{source} has {image.width}×{image.height} pixels, purifiers for {need.form.family} take "
+                f"{width}×{height}: --resize scales it, or name another --dataset"
+            )
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    component = checkpoints.build("purifiers", purifier, need)
+    x = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).view(1, height, width, -1).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        clean = call(component.module, x.contiguous(), Tape(seed, "purify", torch.zeros(1, dtype=torch.long)))
+    pixels = (clean[0].clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    try:
+        Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(target)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--out {target}: {error}; name a file such as clean.png in a folder that exists") from error
+    return str(component.spec)

@@ -1,0 +1,79 @@
+"""The images of a run again: what was attacked, what came of it, and what the purifier makes of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmark import checkpoints, data
+from benchmark.errors import UsageError
+from purifiers import Purifier, Tape
+from purifiers._base import call
+
+
+class Replay(NamedTuple):
+    """Images (B, C, H, W) in [0, 1] of one run, purified by its first verdict draw.
+
+    Attributes:
+        run: as ``results.read_run`` gives it.
+        records: those of the images.
+        purifier: the run's.
+        noise: the tape of the first verdict draw.
+        x, x_adv: unperturbed and adversarial images.
+        purified, purified_adv: g(x) and g(x_adv) under one noise.
+    """
+
+    run: dict[str, Any]
+    records: list[dict[str, Any]]
+    purifier: torch.nn.Module
+    noise: Tape
+    x: Tensor
+    x_adv: Tensor
+    purified: Tensor
+    purified_adv: Tensor
+
+
+def replay(run: dict[str, Any], count: int, *, weights: Sequence[Path] = (), data_dir: str | None = None) -> Replay:
+    """The first ``count`` images of a run.
+
+    Raises:
+        UsageError: if the run has no adversarial images at hand, fewer than ``count``, or other weights or images.
+    """
+    identity, folder = run["identity"], Path(run["folder"])
+    records = run["records"][:count]
+    path = folder / "adversarial.npy"
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; adversarial images stay with the run: repeat it with another --out")
+    if len(records) < count:
+        raise UsageError(f"{folder} has {len(records)} images, {count} were asked for")
+    images = data.load(identity["dataset"], len(run["records"]), data_dir=data_dir)
+    if images.fingerprint != identity["fingerprint"]:
+        raise UsageError(f"{folder} attacked other images than {identity['dataset']} holds here")
+    rows = [int((images.ids == r["id"]).nonzero()[0]) for r in records]
+    stored = np.load(path, mmap_mode="r")
+    component = checkpoints.build(
+        "purifiers", identity["purifier"], checkpoints.Need(images.form, roots=tuple(weights))
+    )
+    for part, digest in component.weights.items():
+        if identity["weights"].get(f"purifier.{part}") != digest:
+            raise UsageError(f"{folder}: {part} of {identity['purifier']} has other weights than the run had")
+    purifier = component.module
+    x, x_adv = images.images(torch.tensor(rows)), torch.from_numpy(np.array(stored[rows]))
+    noise = Tape(identity["seed"], "verdict", images.ids[rows]).draws(1)
+    with torch.no_grad():
+        purified, purified_adv = (call(purifier, z, noise) for z in (x, x_adv))
+    return Replay(run, records, purifier, noise, x, x_adv, purified, purified_adv)
+
+
+def codes(replayed: Replay) -> Tensor | None:
+    """The discrete codes of the unperturbed images, (B, …); None without a codebook."""
+    purifier = replayed.purifier
+    if not isinstance(purifier, Purifier):
+        return None
+    with torch.no_grad():
+        return purifier.codes(purifier.start(replayed.x, replayed.noise.fold("round", 0))[0])
