@@ -273,24 +273,25 @@ def _run(arguments: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     for _ in _cells(arguments):  # a slip in the last spec shows now, not after the hours that the first cells take
         pass
-    folders, unfit, began = [], [], time.monotonic()
+    folders, unfit, failed, began = [], [], False, time.monotonic()
     for cell in _cells(arguments):
         if arguments.stop_after is not None:
             cell.settings.stop_after = arguments.stop_after - (time.monotonic() - began)
         print(f"{cell}\n{cell.plan}", file=sys.stderr, flush=True)
         try:
             folders.append(cell.run())
-        except NotApplicableError as error:  # the other cells have their numbers
+        except (NotApplicableError, RunError) as error:  # the other cells have their numbers
             unfit.append(str(error))
+            failed |= isinstance(error, RunError)
             print(f"benchmark: {error}", file=sys.stderr)
         except Incomplete:
             return _complain(f"stopped after {arguments.stop_after:g} s; the same command continues", INCOMPLETE)
     if not folders:
-        raise UsageError("no cell of this command is applicable: see above")
+        raise (RunError if failed else UsageError)("no cell of this command has a number: see above")
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
     print(writers.render(report.table(runs, worst_case=True), "md"), end="")
     print("".join(f"not in the table: {line}\n" for line in unfit) + f"records: {arguments.out}", file=sys.stderr)
-    return DONE
+    return FAILED if failed else DONE
 
 
 def _plan(arguments: argparse.Namespace) -> int:

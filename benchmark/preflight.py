@@ -174,16 +174,28 @@ def failures(checks: list[Check]) -> list[Check]:
 
 
 def _gradient_checks(defense: Defense, view: View, x: Tensor, y: Tensor, tape: Tape) -> list[Check]:
-    """Zero gradients, and the view's gradient against central differences along two directions, in float64."""
+    """Zero gradients, and the view's gradient against central differences along two directions, in float64.
+
+    At points a hundredth inside of [0, 1] and off the images: on flat areas a median has as many gradients as equal
+    neighbours, and an attack leaves them with its first step.
+    """
+    x = 0.01 + 0.97 * x + 0.01 * tape.uniform("generic", like=x)
     images = x.clone().requires_grad_()
     gradient = _gradient(ce(defense(images, tape, view), y), images)
     zero = float((gradient.flatten(1).norm(dim=1) == 0).float().mean())
     pixels = float((gradient == 0).float().mean())
+    # on flat areas the classifier's own units may all be off
+    with torch.no_grad():
+        purified = _purify(defense, x, tape)
+    purified.requires_grad_()
+    bare = float((_gradient(ce(defense.classifier(purified), y), purified) == 0).float().mean())
+    most = max(0.5, bare + 0.1)
     checks = [
         _check(
-            "zero-gradients", zero < 1 and pixels <= 0.5, f"{zero:.0%} of images, {pixels:.0%} of pixels",
-            "not all images, at most half of the pixels",
-            "no gradient reaches the input: rounding, argmax or no_grad inside the defense; a CE attack means nothing",
+            "zero-gradients", zero < 1 and pixels <= most, f"{zero:.0%} of images, {pixels:.0%} of pixels",
+            f"not all images, at most {most:.0%} of the pixels",
+            "no gradient reaches the input: rounding, argmax or no_grad inside the defense; a CE attack means nothing; "
+            "attack with --view surrogate:gradient=NAME or bpda",
         )
     ]  # fmt: skip
     if not isinstance(view, Exact):
