@@ -106,7 +106,8 @@ def train(
     aside = _aside(recipe, component, images, device)
     skipped = _fit(module, recipe, images, folder / "state.pt", device, aside) if recipe.epochs else 0
     if recipe.settle:
-        module.eval().settle(images.images(slice(0, recipe.settle)).to(device))  # type: ignore[operator]
+        with torch.no_grad():
+            module.eval().settle(images.images(slice(0, recipe.settle)).to(device))  # type: ignore[operator]
     # parts that came trained and weren't moved stay where they are
     kept = {} if recipe.epochs else started
     for name in parts.keys() - kept.keys():
