@@ -205,6 +205,7 @@ class Cell:
         self.folder = Run(
             Path(s.out), self.identity, names,
             {"environment": environment(s.device, self.rows), "stochastic": self.stochastic, "nfe": defense.nfe,
+             "parameters": sum(p.numel() for p in defense.purifier.parameters()),
              "preflight": s.preflight, "noise": self._noise(),
              "watched": self.watched},
         )  # fmt: skip

@@ -73,8 +73,9 @@ def _compact(runs: list[dict[str, Any]]) -> str:
     """``compact`` of one threat model."""
     used = {run["names"]["attack"] for run in runs}
     attacks = sorted(used, key=lambda a: (_base(a) not in HEADLINE, _base(a) != HEADLINE[0], a))
+    sized = any("parameters" in run for run in runs)
     head = [*"purifier classifier norm eps n draws".split(), "clean % [95 %]", *(f"{a} %" for a in attacks)]
-    head += ["worst case % [95 %]", "random noise %"]
+    head += ["worst case % [95 %]", "random noise %", *(["NFE", "parameters", "s/image"] if sized else [])]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     displays: dict[str, list[str]] = {}
     several = len({run["identity"]["seed"] for run in runs}) > 1
@@ -91,7 +92,8 @@ def _compact(runs: list[dict[str, Any]]) -> str:
             displays.setdefault(attack, []).append(row["display"])
         whole = len(rows_of) > 1
         one = report.row(*report.worst_of(group)) if whole else next(iter(rows_of.values()))
-        view = "" if one["view"] == "exact" else f" (view {one['view']})"
+        gradients = one["view"].replace("surrogate:gradient=", "")
+        view = "" if one["view"] == "exact" else f" (view {one['view']})" if "@" in one["view"] else f" ({gradients})"
         view += f", seed {one['seed']}" if several else ""
         cells = [str(one[k]) for k in ("purifier", "classifier", "norm", "eps", "n", "draws")] + [
             _with_interval(one, "clean"),
@@ -99,6 +101,8 @@ def _compact(runs: list[dict[str, Any]]) -> str:
             _with_interval(one, "robust") if whole else "–",
             _percent(one["random_control"]),
         ]
+        if sized:
+            cells += [str(one["nfe"]), _count(group[0].get("parameters")), f"{one['seconds_per_image']:.2g}"]
         lines.append(f"| {' | '.join([cells[0] + view, *cells[1:]])} |")
     legend = [f"{a}: {' or '.join(dict.fromkeys(displays[a]))}" for a in attacks if a in displays]
     return "\n".join([*lines, "", f"{'; '.join(legend + _specs(runs))}."]) + "\n"
@@ -113,6 +117,11 @@ def matches(found: Sequence[dict[str, Any]]) -> str:
         for f in found
     ]
     return "\n".join([head, *lines]) + "\n"
+
+
+def _count(parameters: int | None) -> str:
+    """How many parameters a purifier has, in thousands."""
+    return "–" if parameters is None else f"{parameters / 1000:,.0f} k" if parameters else "0"
 
 
 def _over_views(runs: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
