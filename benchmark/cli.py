@@ -1,4 +1,4 @@
-"""The command line. Heavy imports wait until a command needs them."""
+"""The commands of the command line. Heavy imports wait until a command needs them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.errors import NotApplicableError, RunError, UsageError
+from benchmark.grammar import parser
 
-KINDS = ("purifiers", "attacks", "classifiers", "datasets", "budgets")
 DONE, FAILED, USAGE, INCOMPLETE = 0, 1, 2, 75
 
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         with network(allowed=not getattr(arguments, "offline", False)):
-            return arguments.command(arguments) or DONE
+            return COMMANDS[arguments.command](arguments) or DONE
     except UsageError as error:
         return _complain(error, USAGE)
     except RunError as error:
@@ -40,187 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain("interrupted; the same command continues", INCOMPLETE)
     except BrokenPipeError:
         return DONE
-
-
-def parser() -> argparse.ArgumentParser:
-    """The whole grammar."""
-    top = argparse.ArgumentParser(
-        prog="python -m benchmark",
-        description="Clean and robust accuracy of adversarial purification, under attacks on the whole defense.",
-        epilog="Example: python -m benchmark run --purifier diffpure --attack autoattack",
-    )
-    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-
-    run = _command(commands, "run", _run, "attack defenses and print their table")
-    _what(run)
-    run.add_argument("--stop-after", type=float, metavar="SECONDS", help="stop, save and exit with 75 after so long")
-    run.add_argument("--no-preflight", action="store_true", help="skip the checks of the defense; the table says so")
-    run.add_argument("--mixed-environment", action="store_true", help="continue a run begun in another environment")
-
-    plan = _command(commands, "plan", _plan, "print what a run would cost, and run nothing")
-    _what(plan)
-    plan.add_argument("--json", action="store_true", help="one object per cell, as a list")
-
-    status = _command(commands, "status", _status, "how far the runs below some folders are")
-    status.add_argument("paths", nargs="*", default=["results/run"], metavar="FOLDER")
-
-    report = _command(commands, "report", _report, "tables from recorded runs")
-    report.add_argument("paths", nargs="*", default=["results"], metavar="FOLDER", help="folders with runs (results)")
-    report.add_argument("--format", choices=("md", "csv", "latex", "json", "html"), default="md")
-    report.add_argument(
-        "--rule", default="mean", help="what an accuracy is: mean, majority, worst, any or mean-logits (mean)"
-    )
-    report.add_argument(
-        "--bibtex", action="store_true", help="print the references of the components used, and no table"
-    )
-    report.add_argument(
-        "--with-published", nargs="?", const="results/published.csv", metavar="CSV",
-        help="add numbers from papers, set apart (results/published.csv); Markdown only",
-    )  # fmt: skip
-    report.add_argument("--columns", metavar="NAMES", help="only these, e.g. purifier,attack,robust; not in latex")
-    report.add_argument("--out", metavar="FOLDER", help="html is written to FOLDER/index.html; figures go here")
-    report.add_argument("--figures", action="store_true", help="draw figures into --out (figures): PDF, PNG and CSV")
-    report.add_argument(
-        "--gallery", nargs="?", const="gallery.png", metavar="FILE",
-        help="draw images of the runs, attacked and purified (gallery.png and .pdf), and print no table",
-    )  # fmt: skip
-    report.add_argument("--images", type=int, default=2, metavar="N", help="images of a gallery (2)")
-    report.add_argument(
-        "--match", metavar="SHARES", help="per purifier the setting of closest clean accuracy, e.g. 0.85,0.80"
-    )
-    report.add_argument("--weights", metavar="FOLDER", help="a folder with further cards, for galleries")
-    report.add_argument("--data-dir", metavar="FOLDER", help="where data sets lie, for galleries")
-    report.add_argument("--sort", metavar="COLUMN", help="order rows by a column; descending as --sort=-COLUMN")
-    report.add_argument(
-        "--worst-case", action=argparse.BooleanOptionalAction, help="the row over attacks (default: in md and latex)"
-    )
-
-    report.add_argument("--compact", action="store_true", help="Markdown, a line per defense and radius")
-
-    compare = _command(commands, "compare", _compare, "paired differences of runs on the same images")
-    compare.add_argument("reference", metavar="RUN", help="folder of the run that the others are compared with")
-    compare.add_argument("others", nargs="+", metavar="OTHER", help="folders of runs; differences are OTHER - RUN")
-    compare.add_argument("--json", action="store_true", help="one object per other run, as a list")
-
-    audit = _command(commands, "audit", _audit, "gradients held against each other, attacks against looking only")
-    audit.add_argument("paths", nargs="*", metavar="PATH", help="folders with runs, for black-box; or a saved --json")
-    audit.add_argument("--only", choices=("gradients", "black-box"), help="gradients without folders, else black-box")
-    _what(audit)
-    audit.set_defaults(attack="pgd", n_examples=8, view="exact")
-    audit.add_argument("--json", action="store_true", help="one object")
-
-    diagnose = _command(commands, "diagnose", _diagnose, "what the purifiers of runs lose and let through")
-    diagnose.add_argument("paths", nargs="*", default=["results/run"], metavar="FOLDER", help="folders with runs")
-    diagnose.add_argument("--n-examples", type=int, default=32, metavar="N", help="images of each run (32)")
-    diagnose.add_argument("--weights", metavar="FOLDER", help="a folder with further cards")
-    diagnose.add_argument("--data-dir", metavar="FOLDER", help="where data sets lie")
-    diagnose.add_argument("--json", action="store_true", help="one object: a list under runs")
-
-    purify = _command(commands, "purify", _purify, "clean an image file")
-    purify.add_argument("image", type=Path, metavar="IMAGE", help="any format that Pillow reads")
-    purify.add_argument(
-        "--purifier", default="diffpure", metavar="SPEC", help="e.g. vae, diffpure:t_star=0.1 (diffpure)"
-    )
-    purify.add_argument("--out", type=Path, required=True, metavar="FILE", help="e.g. clean.png; must not exist")
-    purify.add_argument("--resize", action="store_true", help="scale an image of another size to the data set's")
-    purify.add_argument("--seed", type=int, default=0, help="of the draw (0)")
-    _files(purify)
-
-    tables = _command(commands, "tables", _tables, "make the generated tables of Markdown files anew")
-    tables.add_argument("files", nargs="+", type=Path, metavar="FILE", help="with <!-- table: COMMAND --> blocks")
-    tables.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is stale")
-
-    check = _command(commands, "check", _check, "check that a component keeps its contract, in seconds")
-    check.add_argument("--purifier", metavar="SPEC", help="e.g. file:mine.py:Mine")
-    check.add_argument("--classifier", metavar="SPEC", help="e.g. robustbench:Carmon2019Unlabeled")
-    check.add_argument("--attack", metavar="SPEC", help="e.g. file:mine.py:MyAttack")
-    _files(check)
-    check.add_argument("--json", action="store_true", help="one object: specs to their checks")
-
-    fetch = _command(commands, "fetch", _fetch, "bring all that a run needs: data, checkpoints")
-    fetch.add_argument("specs", nargs="*", metavar="SPEC", help="classifiers, e.g. robustbench:Carmon2019Unlabeled")
-    _files(fetch)
-    fetch.add_argument("--list", action="store_true", help="fetch nothing; print address, path, size and sha256")
-
-    doctor = _command(commands, "doctor", _doctor, "look for what is missing or broken, and say what mends it")
-    doctor.add_argument("--out", default="results/run", metavar="FOLDER", help="where runs would go (results/run)")
-    doctor.add_argument("--data-dir", metavar="FOLDER", help="where data sets lie")
-    doctor.add_argument("--json", action="store_true", help="one object")
-
-    names = _command(commands, "list", _list, "what can be named")
-    names.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
-    names.add_argument("--dataset", default="fashion-mnist", help="whose weights (fashion-mnist)")
-    names.add_argument("--weights", metavar="FOLDER", help="a folder with further cards")
-    names.add_argument("--json", action="store_true")
-
-    train = _command(commands, "train", _train, "train the weights of a component by its recipe")
-    train.add_argument("name", help="diffpure, vae, resnet or resnet-at")
-    train.add_argument("--dataset", default="fashion-mnist")
-    train.add_argument("--out", default="weights", metavar="FOLDER", help="written to FOLDER/DATASET/NAME (weights)")
-    train.add_argument("--data-dir", metavar="FOLDER", help="where the data set lies or goes")
-    train.add_argument("--epochs", type=int, help="other than the recipe's; the card says so")
-    train.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
-    return top
-
-
-def _command(commands: Any, name: str, function: Callable, text: str) -> argparse.ArgumentParser:
-    sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    sub.set_defaults(command=function)
-    return sub
-
-
-def _what(sub: argparse.ArgumentParser) -> None:
-    """The options that say what is attacked and how hard; the same in every command."""
-    what = sub.add_argument_group("what (specs: name[:argument][,key=value...], lists, {a,b} grids, or all)")
-    what.add_argument("--purifier", default="diffpure", metavar="SPECS", help="e.g. identity,vae,diffpure (diffpure)")
-    what.add_argument("--classifier", default="resnet", metavar="SPECS", help="e.g. resnet,resnet-at (resnet)")
-    what.add_argument("--attack", default="autoattack", metavar="SPECS", help="e.g. pgd,autoattack (autoattack)")
-    what.add_argument(
-        "--dataset",
-        default="fashion-mnist",
-        help="a name, name:split=validation, parquet:PATH, folder:PATH (fashion-mnist)",
-    )
-    what.add_argument("--copies", type=int, default=1, help="purified copies per image, part of the defense (1)")
-    what.add_argument("--combine", default="logits", help="of the copies: logits, probabilities or vote (logits)")
-    threat = sub.add_argument_group("threat and attacker")
-    threat.add_argument("--norm", help="Linf, L2 or StAdv (the attack's own: Linf, but for stadv)")
-    threat.add_argument(
-        "--eps", action="append", metavar="RADIUS", help="radius in [0, 1] pixel units, e.g. 16/255; may be repeated"
-    )
-    threat.add_argument(
-        "--view",
-        default="auto",
-        metavar="SPECS",
-        help="what is differentiated: exact, bpda, blind, surrogate:gradient=NAME, adjoint, or auto: exact, but for a "
-        "purifier that rounds its first surrogate; with noise=verdict the attacker knows the draws that judge (auto)",
-    )
-    threat.add_argument("--attacker", metavar="SPEC", help="differentiate this purifier instead; the verdict doesn't")
-    effort = sub.add_argument_group("effort")
-    effort.add_argument("--budget", default="auto", help="quick, standard, paper or auto (auto: by device)")
-    effort.add_argument("--n-examples", type=int, metavar="N", help="the first N images of the fixed order")
-    effort.add_argument("--draws", type=int, help="verdict draws of a stochastic defense")
-    effort.add_argument("--seed", type=int, default=0, help="of all draws: the attack's, the verdict's (0)")
-    effort.add_argument("--seeds", metavar="LIST", help="several in turn, e.g. 0,1,2; the table states their spread")
-    machine = sub.add_argument_group("machine and files")
-    machine.add_argument("--batch-size", type=int, metavar="ROWS", help="rows of every network call, a multiple of 32")
-    machine.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
-    _sources(machine)
-    machine.add_argument("--out", default="results/run", metavar="FOLDER", help="root of the runs (results/run)")
-
-
-def _sources(group: Any) -> None:
-    """Where data and weights lie, and what may be done to get them."""
-    group.add_argument("--data-dir", metavar="FOLDER", help="where data sets lie or go")
-    group.add_argument("--weights", metavar="FOLDER", help="a folder with further cards and checkpoints")
-    group.add_argument("--offline", action="store_true", help="open no socket")
-    group.add_argument("--trust-checkpoint", action="store_true", help="load checkpoints whose pickles execute code")
-
-
-def _files(sub: argparse.ArgumentParser) -> None:
-    """For which data set and threat model, and from where."""
-    sub.add_argument("--dataset", default="fashion-mnist", help="a data set's spec (fashion-mnist)")
-    sub.add_argument("--norm", default="Linf", help="threat model of RobustBench's classifiers (Linf)")
-    _sources(sub)
 
 
 def _need(arguments: argparse.Namespace) -> Any:
@@ -630,3 +449,21 @@ def _device(name: str) -> str:
 def _complain(message: object, code: int) -> int:
     print(f"benchmark: {message}", file=sys.stderr)
     return code
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "audit": _audit,
+    "check": _check,
+    "compare": _compare,
+    "diagnose": _diagnose,
+    "doctor": _doctor,
+    "fetch": _fetch,
+    "list": _list,
+    "plan": _plan,
+    "purify": _purify,
+    "report": _report,
+    "run": _run,
+    "status": _status,
+    "tables": _tables,
+    "train": _train,
+}

@@ -93,7 +93,8 @@ def _compact(runs: list[dict[str, Any]]) -> str:
         whole = len(rows_of) > 1
         one = report.row(*report.worst_of(group)) if whole else next(iter(rows_of.values()))
         gradients = one["view"].replace("surrogate:gradient=", "")
-        view = "" if one["view"] == "exact" else f" (view {one['view']})" if "@" in one["view"] else f" ({gradients})"
+        surrogates = one["view"].startswith("surrogate:") and "@" not in one["view"]
+        view = "" if one["view"] == "exact" else f" ({gradients})" if surrogates else f" (view {one['view']})"
         view += f", seed {one['seed']}" if several else ""
         cells = [str(one[k]) for k in ("purifier", "classifier", "norm", "eps", "n", "draws")] + [
             _with_interval(one, "clean"),
@@ -102,7 +103,7 @@ def _compact(runs: list[dict[str, Any]]) -> str:
             _percent(one["random_control"]),
         ]
         if sized:
-            cells += [str(one["nfe"]), _count(group[0].get("parameters")), f"{one['seconds_per_image']:.2g}"]
+            cells += [str(one["nfe"]), _count(group[0].get("parameters")), _seconds(one)]
         lines.append(f"| {' | '.join([cells[0] + view, *cells[1:]])} |")
     legend = [f"{a}: {' or '.join(dict.fromkeys(displays[a]))}" for a in attacks if a in displays]
     return "\n".join([*lines, "", f"{'; '.join(legend + _specs(runs))}."]) + "\n"
@@ -117,6 +118,11 @@ def matches(found: Sequence[dict[str, Any]]) -> str:
         for f in found
     ]
     return "\n".join([head, *lines]) + "\n"
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    """Seconds per image, where they are known."""
+    return "–" if row["seconds_per_image"] is None else _two_digits(row["seconds_per_image"])
 
 
 def _count(parameters: int | None) -> str:
@@ -270,7 +276,7 @@ def _lines(table: list[dict[str, Any]]) -> list[str]:
         any_iteration = "–"
         if r["robust_any_iteration"] is not None:
             any_iteration = f"{_percent(r['robust_any_iteration'])} ({_percent(r['null_floor'])})"
-        seconds = "–" if r["seconds_per_image"] is None else _two_digits(r["seconds_per_image"])
+        seconds = _seconds(r)
         cells = [
             r["purifier"], r["classifier"], r["display"] + (f", seed {r['seed']}" if several else ""), r["view"],
             r["norm"], r["eps"], str(r["n"]), str(r["draws"]),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmark import checkpoints, cli, data, loaders, registry
+from benchmark import checkpoints, cli, data, grammar, loaders, registry
 from benchmark.config import BUDGETS
 from benchmark.report import COLUMNS
 from benchmark.results import find_runs
@@ -324,7 +324,7 @@ def test_lists(weights, capsys):
         "datasets": {"fashion-mnist"},
         "budgets": set(BUDGETS),
     }
-    assert set(expected) == set(cli.KINDS)
+    assert set(expected) == set(grammar.KINDS)
     for kind, names in expected.items():
         assert cli.main(["list", kind, "--weights", str(weights), "--json"]) == 0
         entries = json.loads(capsys.readouterr().out)

@@ -138,7 +138,8 @@ def test_every_block_runs_in_order(tmp_path, monkeypatch):
 
 def needs_the_reader(words: list[str]) -> bool:
     """Whether a command wants a network, or data that only the reader has."""
-    return "fetch" in words or ("run" in words and any(w.startswith(("cifar10", "parquet:")) for w in words))
+    elsewhere = "run" in words and any(w.startswith(("cifar10", "parquet:")) for w in words)
+    return elsewhere or "fetch" in words or "purify" in words
 
 
 def in_process(words: list[str]) -> None:
