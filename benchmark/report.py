@@ -123,7 +123,7 @@ def shares(records: list[dict[str, Any]], key: str = "adv") -> np.ndarray:
 def matched(runs: Iterable[dict[str, Any]], targets: Sequence[float]) -> list[dict[str, Any]]:
     """Of each purifier's settings the one whose clean accuracy comes closest to a target, for each target.
 
-    Families are compared at matched clean accuracy; the runs are of validation images, so that no test image chooses.
+    Families are compared at matched clean accuracy; one of which a single setting was tried is left out. The runs are of validation images, so that no test image chooses.
     """
     found = []
     families: dict[tuple, list[dict[str, Any]]] = {}
@@ -131,7 +131,7 @@ def matched(runs: Iterable[dict[str, Any]], targets: Sequence[float]) -> list[di
         name = one["purifier"].split(":")[0]
         families.setdefault((one["dataset"], name, one["classifier"]), []).append(one)
     for (_, name, _), settings in families.items():
-        for target in targets:
+        for target in targets if len(settings) > 1 else ():
             best = min(settings, key=lambda one: (abs(one["clean"] - target), one["purifier"]))
             found.append(best | {"family": name, "target": target, "settings": len(settings)})
     return found

@@ -23,7 +23,7 @@ class Noisy(Purifier):
 
     dial = "sigma"
 
-    def __init__(self, *, sigma: float = 0.25, rounds: int = 1):
+    def __init__(self, *, sigma: float = 0.1, rounds: int = 1):
         super().__init__(rounds=rounds)
         if not sigma > 0:
             raise ValueError(f"sigma must be positive, got {sigma}")

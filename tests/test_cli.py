@@ -110,7 +110,7 @@ def test_an_unknown_name_gives_the_nearest_and_the_whole_list(run, tmp_path, cap
 def test_a_name_like_no_other_still_gives_the_list(run, capsys):
     assert run("--purifier", "zzz") == cli.USAGE
     message = capsys.readouterr().err
-    assert "did you mean" not in message and "known: diffpure, " in message
+    assert "did you mean" not in message and "known: bitdepth, " in message
 
 
 def test_a_component_of_another_kind_is_called_that(run, capsys):
