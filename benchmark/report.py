@@ -123,7 +123,8 @@ def shares(records: list[dict[str, Any]], key: str = "adv") -> np.ndarray:
 def matched(runs: Iterable[dict[str, Any]], targets: Sequence[float]) -> list[dict[str, Any]]:
     """Of each purifier's settings the one whose clean accuracy comes closest to a target, for each target.
 
-    Families are compared at matched clean accuracy; one of which a single setting was tried is left out. The runs are of validation images, so that no test image chooses.
+    Families are compared at matched clean accuracy; one of which a single setting was tried is left out. The runs
+    are of validation images, so that no test image chooses.
     """
     found = []
     families: dict[tuple, list[dict[str, Any]]] = {}

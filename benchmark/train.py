@@ -58,9 +58,16 @@ class Recipe:
 
 
 def recipes(dataset: str) -> dict[str, Recipe]:
-    """The recipes for a data set, by name."""
-    sections = tomllib.loads(RECIPES.read_text()).get(dataset, {})
-    return {name: Recipe(**section) for name, section in sections.items()}
+    """The recipes for a data set, by name; a section with ``like`` changes what it names of another recipe."""
+    sections = tomllib.loads(RECIPES.read_text())
+
+    def whole(section: dict[str, Any]) -> dict[str, Any]:
+        if "like" not in section:
+            return section
+        family, _, name = section["like"].partition(".")
+        return whole(sections[family][name]) | {k: v for k, v in section.items() if k != "like"}
+
+    return {name: Recipe(**whole(section)) for name, section in sections.get(dataset, {}).items()}
 
 
 def train(
