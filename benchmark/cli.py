@@ -203,9 +203,15 @@ def _replays(arguments: argparse.Namespace, count: int) -> list[Any]:
 
 
 def _diagnose(arguments: argparse.Namespace) -> int:
-    from benchmark.diagnose import diagnosis, render
+    from benchmark.diagnose import diagnosis, render, saved
 
-    found = [diagnosis(replayed) for replayed in _replays(arguments, arguments.n_examples)]
+    files = [Path(path) for path in arguments.paths if path.endswith(".json")]
+    if files and len(arguments.paths) > 1:
+        raise UsageError("one saved diagnosis at a time: python -m benchmark diagnose FILE.json")
+    if files:
+        found = saved(files[0])
+    else:
+        found = [diagnosis(replayed) for replayed in _replays(arguments, arguments.n_examples)]
     print(
         json.dumps({"runs": found}, indent=2) if arguments.json else render(found), end="\n" if arguments.json else ""
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmark.errors import UsageError
 from benchmark.replay import Replay, codes
 
 
@@ -42,6 +45,18 @@ def diagnosis(replayed: Replay) -> dict[str, Any]:
         "codes_used": None if used is None else _perplexity(used),
         "run": str(replayed.run["folder"]),
     }
+
+
+def saved(path: Path) -> list[dict[str, Any]]:
+    """What ``diagnose --json`` once printed.
+
+    Raises:
+        UsageError: if the file is something else.
+    """
+    try:
+        return json.loads(path.read_text())["runs"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is no saved diagnosis ({error}); write one: diagnose FOLDER --json > FILE") from error
 
 
 def render(found: Sequence[dict[str, Any]]) -> str:

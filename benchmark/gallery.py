@@ -10,7 +10,7 @@ from benchmark.errors import UsageError
 from benchmark.plots import STYLE
 from benchmark.replay import Replay
 
-HEADS = ("clean", "adversarial", "perturbation", "g(clean)", "g(adversarial)")
+HEADS = ("clean", "attacked", "difference", "g(clean)", "g(attacked)")
 RIGHT, WRONG = "#15803d", "#c2410c"
 
 
@@ -35,7 +35,7 @@ def gallery(replays: Sequence[Replay], path: Path) -> list[Path]:
     with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, axes = plt.subplots(
             len(replays), count * columns + count - 1, squeeze=False,
-            figsize=(0.2 + 0.62 * (count * columns + 0.3 * (count - 1)), 0.35 + 0.82 * len(replays)),
+            figsize=(0.2 + 0.62 * (count * columns + 0.3 * (count - 1)), 0.35 + 0.78 * len(replays)),
             width_ratios=([1] * columns + [0.3]) * (count - 1) + [1] * columns,
         )  # fmt: skip
         for line, replayed in zip(axes, replays, strict=True):
@@ -46,7 +46,7 @@ def gallery(replays: Sequence[Replay], path: Path) -> list[Path]:
                 _strip(here, replayed, k, record)
         for k in range(count):
             for head, cell in zip(HEADS, axes[0][k * (columns + 1) :], strict=False):
-                cell.set_title(head, fontsize=6, pad=3)
+                cell.set_title(head, fontsize=5.5, pad=3)
         for line, replayed in zip(axes, replays, strict=True):
             line[0].text(
                 -0.15, 0.5, replayed.run["names"]["purifier"], transform=line[0].transAxes, rotation=0, ha="right",

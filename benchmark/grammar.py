@@ -78,7 +78,9 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument("--json", action="store_true", help="one object")
 
     diagnose = _command(commands, "diagnose", "what the purifiers of runs lose and let through")
-    diagnose.add_argument("paths", nargs="*", default=["results/run"], metavar="FOLDER", help="folders with runs")
+    diagnose.add_argument(
+        "paths", nargs="*", default=["results/run"], metavar="PATH", help="folders with runs; or a saved --json"
+    )
     diagnose.add_argument("--n-examples", type=int, default=32, metavar="N", help="images of each run (32)")
     diagnose.add_argument("--weights", metavar="FOLDER", help="a folder with further cards")
     diagnose.add_argument("--data-dir", metavar="FOLDER", help="where data sets lie")

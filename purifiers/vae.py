@@ -117,7 +117,16 @@ class VAE(Purifier):
             correlation: weight of the total correlation that ``code_critic`` sees (FactorVAE, arXiv 1802.05983).
             judge: a frozen network, x → features by layer.
             image_critic, code_critic: networks that train against this one; see ``critics``.
+
+        Raises:
+            ValueError: for the weight of a term whose network is missing.
         """
+        judged = image_critic is not None or judge is not None
+        if (features and not judged) or (adversarial and image_critic is None) or (correlation and code_critic is None):
+            raise ValueError(
+                "features need judge or image_critic, adversarial needs image_critic, correlation code_critic; "
+                f"got features={features}, adversarial={adversarial}, correlation={correlation}"
+            )
         x, pixels = batch.x, batch.x[0].numel()
         posterior = self.codec.encode(x)
         z, divergence = self._draw(posterior, noise), _objectives.divergence(*posterior)
