@@ -104,9 +104,10 @@ def build(kind: str, text: str | Spec, need: Need) -> Component:
     Raises:
         UsageError: for an unknown name or option, a value out of range, missing or altered weights.
     """
-    spec = _named(registry.parse(text) if isinstance(text, str) else text)
+    spec = registry.parse(text) if isinstance(text, str) else text
     if kind == "classifiers" and spec.name in zoo.ZOOS:
         return _from_zoo(spec, need)
+    spec = _named(spec)
     family, shape, classes = need.form
     path = cards(family, need.roots).get(spec.name)
     card = read_card(path) if path else {}
@@ -143,7 +144,7 @@ def build(kind: str, text: str | Spec, need: Need) -> Component:
 
 def _named(spec: Spec) -> Spec:
     """A spec by the name of its card: "vae:weights=beta4" is the card vae-beta4."""
-    if "weights" not in spec.options:
+    if "weights" not in spec.options or spec.name == "file":
         return spec
     options = dict(spec.options)
     return Spec(f"{spec.name}-{registry.show(options.pop('weights'))}", spec.argument, options)

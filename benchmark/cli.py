@@ -142,7 +142,7 @@ def _report(arguments: argparse.Namespace) -> int:
         return DONE
     if arguments.gallery:
         return _gallery(arguments)
-    if arguments.match:
+    if arguments.match is not None:
         print(writers.matches(report.matched(find_runs(arguments.paths), _shares(arguments.match))), end="")
         return DONE
     if arguments.bibtex:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from benchmark.replay import Replay, codes
 
 
 def diagnosis(replayed: Replay) -> dict[str, Any]:
-    """Facts of one run's images, each over all images and the first verdict draw.
+    """Facts of one run's images, each over all images and the first verdict draw; None where there is none.
 
     - ``moved``: rms(g(x) - x), in [0, 1] pixel units: what purification itself changes.
     - ``fine_kept_ratio``: power of g(x) above half of the Nyquist frequency, as a share of that of x: small is blur.
@@ -25,7 +24,7 @@ def diagnosis(replayed: Replay) -> dict[str, Any]:
     - ``aligned``: median cosine of g(x') - g(x) with x' - x: near 1 is a leak, near 0 another image altogether.
     - ``codes_used``: exp(entropy) of the codes in use; None without a codebook.
     """
-    x, g, moved = replayed.x.double(), replayed.purified.double(), (replayed.x_adv - replayed.x).double()
+    x, g, moved = replayed.x.double(), replayed.unmoved.double(), (replayed.x_adv - replayed.x).double()
     carried = replayed.purified_adv.double() - g
     lengths = moved.flatten(1).norm(dim=1), carried.flatten(1).norm(dim=1)
     cosine = torch.nn.functional.cosine_similarity(moved.flatten(1), carried.flatten(1))
@@ -39,9 +38,9 @@ def diagnosis(replayed: Replay) -> dict[str, Any]:
         "n": len(x),
         "moved": float((g - x).square().mean().sqrt()),
         "fine_kept_ratio": _fine(g) / _fine(x),
-        "variety_ratio": float(g.var(0).sum() / x.var(0).sum()),
-        "passed_ratio": float((lengths[1] / lengths[0])[attacked].median()) if attacked.any() else math.nan,
-        "aligned": float(cosine[attacked].median()) if attacked.any() else math.nan,
+        "variety_ratio": float(g.var(0).sum() / x.var(0).sum()) if len(x) > 1 else None,
+        "passed_ratio": float((lengths[1] / lengths[0])[attacked].median()) if attacked.any() else None,
+        "aligned": float(cosine[attacked].median()) if attacked.any() else None,
         "codes_used": None if used is None else _perplexity(used),
         "run": str(replayed.run["folder"]),
     }
@@ -67,7 +66,10 @@ def render(found: Sequence[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(heads.split('|'))} |", "|" + "---|" * len(heads.split("|"))]
     for f in found:
         used = "–" if f["codes_used"] is None else f"{f['codes_used']:.0f}"
-        ratios = [f"{f[k]:.2f}" for k in ("fine_kept_ratio", "variety_ratio", "passed_ratio", "aligned")]
+        ratios = [
+            "–" if f[k] is None else f"{f[k]:.2f}"
+            for k in ("fine_kept_ratio", "variety_ratio", "passed_ratio", "aligned")
+        ]
         cells = [f["purifier"], f["classifier"], f["display"], str(f["n"]), f"{f['moved']:.3f}", *ratios, used]
         lines.append(f"| {' | '.join(cells)} |")
     note = (

@@ -29,7 +29,8 @@ def gallery(replays: Sequence[Replay], path: Path) -> list[Path]:
     from matplotlib import pyplot as plt
 
     labels = [[(r["id"], r["label"]) for r in replayed.records] for replayed in replays]
-    if any(other != labels[0] for other in labels):
+    sources = {replayed.run["identity"]["fingerprint"] for replayed in replays}
+    if len(sources) > 1 or any(other != labels[0] for other in labels):
         raise UsageError("a gallery compares purifiers on the same images; the runs attacked different ones")
     count, columns = len(labels[0]), len(HEADS)
     with plt.rc_context(STYLE | {"axes.grid": False}):

@@ -17,7 +17,7 @@ from purifiers._base import call
 
 
 class Replay(NamedTuple):
-    """Images (B, C, H, W) in [0, 1] of one run, purified by its first verdict draw.
+    """Images (B, C, H, W) in [0, 1] of one run, purified as its records' first draws were.
 
     Attributes:
         run: as ``results.read_run`` gives it.
@@ -25,7 +25,9 @@ class Replay(NamedTuple):
         purifier: the run's.
         noise: the tape of the first verdict draw.
         x, x_adv: unperturbed and adversarial images.
-        purified, purified_adv: g(x) and g(x_adv) under one noise.
+        purified: g(x) in the first draw at x itself.
+        purified_adv: g(x_adv) in the first verdict draw.
+        unmoved: g(x) under the noise of that verdict draw.
     """
 
     run: dict[str, Any]
@@ -36,6 +38,7 @@ class Replay(NamedTuple):
     x_adv: Tensor
     purified: Tensor
     purified_adv: Tensor
+    unmoved: Tensor
 
 
 def replay(run: dict[str, Any], count: int, *, weights: Sequence[Path] = (), data_dir: str | None = None) -> Replay:
@@ -64,10 +67,10 @@ def replay(run: dict[str, Any], count: int, *, weights: Sequence[Path] = (), dat
             raise UsageError(f"{folder}: {part} of {identity['purifier']} has other weights than the run had")
     purifier = component.module
     x, x_adv = images.images(torch.tensor(rows)), torch.from_numpy(np.array(stored[rows]))
-    noise = Tape(identity["seed"], "verdict", images.ids[rows]).draws(1)
+    clean, noise = (Tape(identity["seed"], role, images.ids[rows]).draws(1) for role in ("clean", "verdict"))
     with torch.no_grad():
-        purified, purified_adv = (call(purifier, z, noise) for z in (x, x_adv))
-    return Replay(run, records, purifier, noise, x, x_adv, purified, purified_adv)
+        purified, purified_adv, unmoved = (call(purifier, z, n) for z, n in ((x, clean), (x_adv, noise), (x, noise)))
+    return Replay(run, records, purifier, noise, x, x_adv, purified, purified_adv, unmoved)
 
 
 def codes(replayed: Replay) -> Tensor | None:

@@ -132,9 +132,10 @@ def matched(runs: Iterable[dict[str, Any]], targets: Sequence[float]) -> list[di
         name = one["purifier"].split(":")[0]
         families.setdefault((one["dataset"], name, one["classifier"]), []).append(one)
     for (_, name, _), settings in families.items():
-        for target in targets if len(settings) > 1 else ():
+        tried = len({one["purifier"] for one in settings})
+        for target in targets if tried > 1 else ():
             best = min(settings, key=lambda one: (abs(one["clean"] - target), one["purifier"]))
-            found.append(best | {"family": name, "target": target, "settings": len(settings)})
+            found.append(best | {"family": name, "target": target, "settings": tried})
     return found
 
 

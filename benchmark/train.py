@@ -117,8 +117,8 @@ def train(
             module.eval().settle(images.images(slice(0, recipe.settle)).to(device))  # type: ignore[operator]
     # parts that came trained and weren't moved stay where they are
     kept = {} if recipe.epochs else started
-    for name in parts.keys() - kept.keys():
-        checkpoints.halve(parts[name])
+    for part in parts.keys() - kept.keys():
+        checkpoints.halve(parts[part])
     measured = measure(module, recipe, dataset, aside, data_dir=data_dir, limit=limit)
     files = kept | checkpoints.save(folder, {k: v.cpu() for k, v in parts.items() if k not in kept})
     files = {k: files[k] for k in parts}

@@ -573,18 +573,20 @@ def photographs(n: int, channels: int, spread: float) -> torch.Tensor:
     return (128 + spread * (coarse + 0.1 * randn(n, channels, 16, 24, seed=1))).clamp(0, 255).round()
 
 
-def pillow(pixels: torch.Tensor, mode: str, quality: int) -> torch.Tensor:
-    """Whole numbers compressed and decompressed by Pillow's libjpeg, image by image, colours at full resolution."""
-    found = []
+def pillow(pixels: torch.Tensor, mode: str, quality: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole numbers after Pillow's libjpeg, colours at full resolution, and its tables: a row of 64 per channel."""
+    found, tables = [], {}
     for image in pixels.to(torch.uint8).permute(0, 2, 3, 1).numpy():
         file = io.BytesIO()
         picture = Image.frombytes(mode, image.shape[1::-1], image.tobytes())
         picture.save(file, "JPEG", quality=quality, subsampling=0)
         read = Image.open(file)
-        read.draft(mode, picture.size)  # YCbCr as it was decoded
+        read.draft(mode, picture.size)  # of YCbCr: what was decoded, not its RGB
         assert read.mode == mode
         found.append(torch.from_numpy(np.array(read)).double().reshape(image.shape))
-    return torch.stack(found).permute(0, 3, 1, 2)
+        tables = read.quantization
+    steps = [tables[min(channel, 1)] for channel in range(pixels.shape[1])]
+    return torch.stack(found).permute(0, 3, 1, 2), torch.tensor(steps, dtype=torch.float64)
 
 
 def by_block(v: torch.Tensor) -> torch.Tensor:
@@ -595,32 +597,40 @@ def by_block(v: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("quality", [10, 50, 90])
 @pytest.mark.parametrize("mode", ["L", "YCbCr"])
 def test_jpeg_is_that_of_pillow(mode, quality, make):
-    """One grey level, in every block but those with a coefficient at a tie, which may be rounded to the other side.
+    """Within half a grey level, but where a coefficient lies at a tie and may be rounded to the other side.
 
-    Colours are compared as Y, Cb and Cr, which libjpeg takes and gives as whole numbers: ours enter and leave as the
-    RGB that stands for them exactly.
+    Y, Cb and Cr are compared themselves: libjpeg takes and gives them as whole numbers, ours enter and leave as the RGB
+    that stands for them exactly.
     """
-    pixels, purifier = photographs(8, len(mode) // 2 + 1, 25), make(("jpeg", {"quality": quality}))
-    to_ycbcr = torch.tensor(TO_YCBCR, dtype=torch.float64) if mode == "YCbCr" else torch.eye(1, dtype=torch.float64)
+    pixels = photographs(8, 1 if mode == "L" else 3, 12)
+    to_ycbcr = torch.tensor(TO_YCBCR if mode == "YCbCr" else [[1.0]], dtype=torch.float64)
     middle = torch.tensor([0.0, 128.0, 128.0], dtype=torch.float64)[: len(to_ycbcr), None, None]
     x = torch.einsum("dc,bchw->bdhw", to_ycbcr.inverse(), pixels - middle) / 255
+    purifier, (theirs, steps) = make(("jpeg", {"quality": quality})), pillow(pixels, mode, quality)
     found = purifier(x)
     assert 0 < found.min() and found.max() < 1  # no clamp acts
-    away = by_block(torch.einsum("dc,bchw->bdhw", to_ycbcr, 255 * found) + middle - pillow(pixels, mode, quality)).abs()
+    away = by_block(torch.einsum("dc,bchw->bdhw", to_ycbcr, 255 * found) + middle - theirs).abs().amax(-1)
     coefficients = purifier.start(x, tape(8))[0].flatten(-2)
-    tied = ((coefficients - coefficients.floor() - 0.5).abs() < 0.01).any(-1)
-    assert tied.double().mean() < 0.5
-    assert away[~tied].max() <= 1
-    assert by_block(pixels - pillow(pixels, mode, quality)).abs()[~tied].max() > 4  # it lost much more
+    # libjpeg's whole-number transform keeps eighths: its coefficients are off by about one of them
+    steps = steps[:, None, None]
+    tied = (coefficients - coefficients.floor() - 0.5).abs() < 0.15 / steps
+    # 0.5 is libjpeg's last rounding; a coefficient that is off by a step moves a pixel by a quarter of it at most
+    allowed = 0.55 + (tied * steps).sum(-1) / 4
+    assert (away <= allowed).all()
+    assert away.median() <= 0.55 and by_block(pixels - theirs).abs().amax(-1).median() >= 3  # much more was lost
 
 
 @pytest.mark.parametrize("quality", [10, 50, 90])
 def test_jpeg_of_colours_is_near_that_of_pillow(quality, make):
-    """libjpeg rounds Y, Cb and Cr to whole numbers before and after, and more coefficients fall to the other side."""
+    """libjpeg rounds Y, Cb and Cr to whole numbers before and after: more coefficients fall to the other side.
+
+    The two differ by about one grey level in the mean, the image from either by 4 (quality 90) to 12 (10).
+    """
     pixels = photographs(8, 3, 40)
-    found, theirs = 255 * make(("jpeg", {"quality": quality}))(pixels / 255), pillow(pixels, "RGB", quality)
-    assert (found - theirs).abs().mean() < 0.3 * (pixels - theirs).abs().mean()
-    assert ((found - theirs).abs() <= 2).double().mean() > 0.8
+    theirs, _ = pillow(pixels, "RGB", quality)
+    away = (255 * make(("jpeg", {"quality": quality}))(pixels / 255) - theirs).abs()
+    assert away.mean() < 0.3 * (pixels - theirs).abs().mean()
+    assert (away <= 2).double().mean() > 0.8
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

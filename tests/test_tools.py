@@ -34,7 +34,7 @@ RECIPES = """
 kind = "purifiers"
 component = "vae"
 size = "tiny"
-epochs = 12
+epochs = 8
 batch_size = 32
 lr = 5e-3
 weight_decay = 0.0
@@ -146,42 +146,49 @@ def guesses(tmp_path_factory) -> Path:
 # --- replays and galleries
 
 
+@pytest.mark.parametrize("key", ["clean", "adv"])
 @pytest.mark.parametrize("purifier", ["vae", "vqvae", "jpeg", "identity", "blur:sigma=2"])
-def test_a_replay_is_the_first_draw_of_the_verdict(runs, purifier):
+def test_a_replay_is_the_first_draw_of_the_records(runs, purifier, key):
     run = of(runs, purifier)
     replayed = replay(run, 3)
-    classifier = checkpoints.build("classifiers", "resnet", NEED).module
-    stored = np.load(Path(run["folder"]) / "logits.npz")
+    images = {"clean": replayed.purified, "adv": replayed.purified_adv}[key]
     with torch.no_grad():
-        for images, key in ((replayed.purified, "clean"), (replayed.purified_adv, "adv")):
-            logits = classifier(images)
-            assert logits.argmax(1).tolist() == [record[key][0] for record in run["records"]]
-            assert torch.allclose(logits, torch.tensor(stored[key][:, 0]), atol=1e-3)
-            if run["stochastic"]:
-                assert not torch.allclose(logits, torch.tensor(stored[key][:, 1]), atol=1e-2)
+        logits = checkpoints.build("classifiers", "resnet", NEED).module(images)
+    assert logits.argmax(1).tolist() == [record[key][0] for record in run["records"]]
+    # few images are read otherwise by another draw: the logits tell draws apart
+    stored = torch.tensor(np.load(Path(run["folder"]) / "logits.npz")[key])
+    assert torch.allclose(logits, stored[:, 0], atol=1e-3)
+    assert not run["stochastic"] or not torch.allclose(stored[:, 0], stored[:, 1], atol=1e-2)
+
+
+def test_a_replay_holds_the_images_that_were_attacked(runs):
+    run = of(runs, "jpeg")
+    replayed = replay(run, 2)
+    assert torch.equal(replayed.x, data.load(DATASET).images(slice(0, 2))) and len(replayed.records) == 2
     distance = (replayed.x_adv - replayed.x).flatten(1).abs().amax(1)
-    assert distance.tolist() == pytest.approx([record["distance"] for record in run["records"]], abs=1e-6)
+    assert distance.tolist() == pytest.approx([record["distance"] for record in run["records"][:2]], abs=1e-6)
     assert distance.min() > 0.01
 
 
 def test_a_gallery_is_a_figure_in_two_formats(runs, tmp_path, capsys):
-    heights = {}
-    for name, folders in (("all", [runs]), ("one", [of(runs, "vae")["folder"]])):
-        target = tmp_path / "figures" / f"{name}.png"
-        assert cli.main(["report", *map(str, folders), "--gallery", str(target), "--images", "2"]) == cli.DONE
+    folders = [str(of(runs, name)["folder"]) for name in ("vae", "vqvae", "jpeg")]
+    sizes = {}
+    for rows, images in ((3, 1), (1, 2)):
+        target = tmp_path / "figures" / f"{rows}.png"
+        assert cli.main(["report", *folders[:rows], "--gallery", str(target), "--images", str(images)]) == cli.DONE
         assert capsys.readouterr().out.splitlines() == [str(target.with_suffix(".pdf")), str(target)]
         assert target.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
         with Image.open(target) as picture:
             assert picture.format == "PNG" and len(picture.convert("L").getcolors()) > 50
-            # ten images side by side, each of more dots than it has pixels
-            assert picture.width > 10 * 28 and picture.width > picture.height
-            heights[name] = picture.height
-    assert heights["all"] > 3 * heights["one"] > 3 * 28
+            sizes[rows] = picture.size
+    (narrow, tall), (wide, low) = sizes[3], sizes[1]
+    # five pictures of an image side by side, of more dots than it has pixels
+    assert wide > 1.5 * narrow > 1.5 * 5 * 28 and tall > 2 * low > 2 * 28
 
 
 def test_a_gallery_takes_runs_of_other_lengths_on_the_same_images(runs, dials, tmp_path):
     folders = [str(of(runs, "jpeg")["folder"]), str(of(dials, "blur:sigma=4")["folder"])]
-    assert cli.main(["report", *folders, "--gallery", str(tmp_path / "g.png"), "--images", "3"]) == cli.DONE
+    assert cli.main(["report", *folders, "--gallery", str(tmp_path / "g.png"), "--images", "1"]) == cli.DONE
 
 
 @needs_full
@@ -448,9 +455,9 @@ def test_surrogates_share_a_line_of_the_compact_report(guesses, capsys):
         found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| vqvae")]
         assert len(found) == lines
         if folder == "told":
-            assert all(f"surrogate:gradient={name}" in found[0] for name in ("bypass", "soft", "ste"))
+            assert all(name in found[0].split("|")[1] for name in ("bypass", "soft", "ste"))
         elif not folder:
-            assert sum("view blind" in line for line in found) == 1
+            assert sum("blind" in line for line in found) == 1
 
 
 # --- names and weights
@@ -520,10 +527,10 @@ def test_a_card_is_true(name):
         assert floats == {"F32" if name in FULL_PRECISION else "F16"}
 
 
-@pytest.mark.parametrize("name", sorted(CARDS))
-def test_the_command_of_a_card_makes_its_weights(name):
-    command = strict(CARDS[name].read_text())["command"]
-    assert command == f"python -m benchmark train {name} --dataset {DATASET}" and name in recipes(DATASET)
+def test_the_command_of_a_card_makes_its_weights():
+    commands = {name: strict(card.read_text())["command"] for name, card in CARDS.items()}
+    assert commands == {name: f"python -m benchmark train {name} --dataset {DATASET}" for name in CARDS}
+    assert set(CARDS) <= set(recipes(DATASET))
 
 
 def test_no_weights_lie_twice():
@@ -547,10 +554,20 @@ def test_purifiers_are_small(listed):
 # --- training
 
 
-@pytest.fixture
-def own_recipes(tmp_path, monkeypatch) -> None:
-    (tmp_path / "recipes.toml").write_text(RECIPES)
-    monkeypatch.setattr(training, "RECIPES", tmp_path / "recipes.toml")
+@pytest.fixture(scope="module")
+def own_recipes(tmp_path_factory):
+    """``RECIPES`` in place of the shipped ones."""
+    path = tmp_path_factory.mktemp("recipes") / "recipes.toml"
+    path.write_text(RECIPES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "RECIPES", path)
+        yield
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, own_recipes) -> Path:
+    """What a training without a step wrote."""
+    return train("begun", DATASET, tmp_path_factory.mktemp("begun"), limit=64)
 
 
 def state(part: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -565,7 +582,7 @@ def test_critics_train_along_and_are_thrown_away(tmp_path, own_recipes):
         losses = {key for key in facts if key.startswith("objective of ")}
         assert losses == {f"objective of {key}" for key in ("autoencoder", "image_critic", "code_critic")}
         # one that has learned nothing says 2 log 2 = 1.386
-        assert 0 < facts["objective of image_critic"] < 1.2
+        assert 0 < facts["objective of image_critic"] < 1.3
     assert list(card["files"]) == ["autoencoder"] and card["skipped_steps"] == 0
     assert [path.name for path in folder.iterdir() if path.is_dir()] == ["autoencoder"]
     parts = registry.load("purifiers", "vae").parts((1, 28, 28), "tiny")
@@ -573,14 +590,13 @@ def test_critics_train_along_and_are_thrown_away(tmp_path, own_recipes):
 
 
 @needs_full
-def test_training_starts_from_the_weights_named(tmp_path, own_recipes):
-    folder = train("begun", DATASET, tmp_path, limit=64)
-    card = strict((folder / "card.json").read_text())
+def test_training_starts_from_the_weights_named(begun):
+    card = strict((begun / "card.json").read_text())
     source = strict(CARDS["vae"].read_text())["files"]["autoencoder"]
     assert card["files"]["autoencoder"] == {"of": "vae"} | source and "of" not in card["files"]["prior"]
-    assert [path.name for path in folder.iterdir() if path.is_dir()] == ["prior"], "what wasn't moved isn't copied"
+    assert [path.name for path in begun.iterdir() if path.is_dir()] == ["prior"], "what wasn't moved isn't copied"
 
-    need = checkpoints.Need(data.FORMS[DATASET], roots=(tmp_path,))
+    need = checkpoints.Need(data.FORMS[DATASET], roots=(begun.parents[1],))
     built, vae = (checkpoints.build("purifiers", name, need).module for name in ("begun", "vae"))
     ours, theirs = state(built.autoencoder), state(vae.autoencoder)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -590,11 +606,10 @@ def test_training_starts_from_the_weights_named(tmp_path, own_recipes):
 
 
 @needs_full
-def test_the_command_of_a_card_is_the_one_that_trained_it(tmp_path, own_recipes):
+def test_the_command_of_a_card_is_the_one_that_trained_it(begun):
     """Whatever the network is called."""
-    folder = train("judged", DATASET, tmp_path, epochs=0, limit=64)
-    card = strict((folder / "card.json").read_text())
-    assert card["command"] == f"python -m benchmark train judged --dataset {DATASET}"
+    card = strict((begun / "card.json").read_text())
+    assert card["command"] == f"python -m benchmark train begun --dataset {DATASET}"
 
 
 @needs_full
