@@ -57,7 +57,7 @@ class NVAE(Purifier):
         ValueError: if ``keep`` isn't among the groups, a rule is unknown or missing, or ``tau`` is negative.
 
     Reference: Vahdat and Kautz 2020 (arXiv 2007.03898); body: Child 2021 (arXiv 2011.10650); mixing as a purifier:
-    Serez et al. 2025 (arXiv 2412.03539).
+    Serez et al. 2025 (arXiv 2412.03453).
     """
 
     dial = "keep"
