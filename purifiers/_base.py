@@ -70,7 +70,7 @@ class Purifier(nn.Module):
     stochastic: bool = True
     """Whether two draws on the same input differ. Declared here, verified by a contract test."""
     surrogates: ClassVar[tuple[str, ...]] = ()
-    """Gradients besides the exact one that an attacker may choose, e.g. ("ste", "soft", "bypass")."""
+    """Gradients besides the exact one that an attacker may choose, the strongest known first, e.g. ("soft", "ste")."""
     through: str = "exact"
     """Which gradient the stages have: the exact one, or, in a stand-in for an attacker, one of ``surrogates``."""
     differentiable: bool = True

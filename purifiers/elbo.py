@@ -38,7 +38,7 @@ class ELBO(Ascent):
     Raises:
         ValueError: as ``Ascent``; if ``radius`` is negative or ``sigma_x`` not positive.
 
-    Reference: Yang et al. 2024 (arXiv 2210.14404), with a classifier of its own on the code; here before any classifier.
+    Reference: Yang et al. 2024 (arXiv 2210.14404), there with a classifier of its own on the code.
     """
 
     dial = "radius"

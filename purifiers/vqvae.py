@@ -42,8 +42,8 @@ class VQVAE(Purifier):
     """g(x) = D(e[c]), c_i = argmin_k ‖E(x)_i - e_k‖², clamped to [0, 1].
 
     The map is constant between jumps: its exact gradient is 0 and says nothing of an attacker. ``surrogates``:
-    "ste" (the quantiser's gradient is the identity), "soft" (the codes are averaged by softmax(-‖z - e_k‖² / tau)) and
-    "bypass" (no quantisation). The strongest counts.
+    "soft" (the codes are averaged by softmax(-‖z - e_k‖² / tau)), "ste" (the quantiser's gradient is the identity) and
+    "bypass" (no quantisation). The strongest counts; "soft" was it on the shipped weights, so it stands first.
 
     With ``resample`` > 0 the least likely share of the codes under an autoregressive prior is drawn anew from it, site
     by site in raster order, each given the codes before it: PixelDefend's idea in code space.
@@ -63,7 +63,7 @@ class VQVAE(Purifier):
     """
 
     dial = "codes"
-    surrogates = ("ste", "soft", "bypass")
+    surrogates = ("soft", "ste", "bypass")
     encodes = True
     differentiable = False
 
