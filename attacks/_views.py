@@ -143,8 +143,8 @@ class _Seen:
 
 def _spliced(exact: Any, approximate: Any) -> Any:
     """The values of one nest of tensors with the gradients of another of the same build."""
-    if isinstance(exact, Tensor):
-        return exact + (approximate - approximate.detach())
+    if isinstance(exact, Tensor):  # detached: a stage may hand on its input, which has a gradient of its own
+        return exact.detach() + (approximate - approximate.detach())
     if isinstance(exact, tuple) and not isinstance(exact, torch.Size):
         parts = [_spliced(a, b) for a, b in zip(exact, approximate, strict=True)]
         return type(exact)(*parts) if hasattr(exact, "_fields") else tuple(parts)

@@ -303,6 +303,7 @@ class Cell:
             x, y = self.data.images(few).to(self.device), self.data.labels[few].to(self.device)
             checks.append(accuracy_check(self.defense.classifier, x, y, expected, rows=32))
         if failed := failures(checks):
+            self.folder.discard()
             lines = "\n".join(f"  {c.id}: {c.value} (expected {c.threshold}): {c.advice}" for c in failed)
             raise RunError(
                 f"preflight failed, nothing was run (--no-preflight runs anyway, and the table says so):\n{lines}"

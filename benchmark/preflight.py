@@ -140,7 +140,7 @@ def preflight(
     ]  # fmt: skip
     if view is None:
         return checks
-    return checks + _gradient_checks(attacker or defense, view, x[:2], y[:2], Tape(seed, "preflight", ids[:2]))
+    return checks + _gradient_checks(attacker or defense, view, x[:4], y[:4], Tape(seed, "preflight", ids[:4]))
 
 
 def accuracy_check(classifier: nn.Module, x: Tensor, y: Tensor, expected: float, rows: int) -> Check:
@@ -183,17 +183,12 @@ def _gradient_checks(defense: Defense, view: View, x: Tensor, y: Tensor, tape: T
     images = x.clone().requires_grad_()
     gradient = _gradient(ce(defense(images, tape, view), y), images)
     zero = float((gradient.flatten(1).norm(dim=1) == 0).float().mean())
-    pixels = float((gradient == 0).float().mean())
-    # on flat areas the classifier's own units may all be off
-    with torch.no_grad():
-        purified = _purify(defense, x, tape)
-    purified.requires_grad_()
-    bare = float((_gradient(ce(defense.classifier(purified), y), purified) == 0).float().mean())
-    most = max(0.5, bare + 0.1)
+    # places that no image reaches: a median passes over many pixels, but of each image others
+    pixels = float((gradient == 0).all(0).float().mean())
     checks = [
         _check(
-            "zero-gradients", zero < 1 and pixels <= most, f"{zero:.0%} of images, {pixels:.0%} of pixels",
-            f"not all images, at most {most:.0%} of the pixels",
+            "zero-gradients", zero < 1 and pixels <= 0.5, f"{zero:.0%} of images, {pixels:.0%} of pixels in all images",
+            "not all images, at most half of the pixels",
             "no gradient reaches the input: rounding, argmax or no_grad inside the defense; a CE attack means nothing; "
             "attack with --view surrogate:gradient=NAME or bpda",
         )

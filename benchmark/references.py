@@ -81,11 +81,8 @@ def _documents(run: dict[str, Any]) -> list[str]:
     found: list[str] = []
     for kind in ("purifiers", "attacks", "classifiers"):
         spec = registry.parse(run["identity"][kind[:-1]])
-        name = spec.name
-        while "-" in name and name not in registry.names(kind):  # a card: vae-gan is a vae
-            name = name.rpartition("-")[0]
         try:
-            component = registry.load(kind, name, spec.argument)
+            component = registry.described(kind, spec.name, spec.argument)
         except UsageError:
             continue  # another machine's file, or a model of a library: it has no docstring of ours
         bases = [c for c in inspect.getmro(component) if c.__module__.split(".")[0] in registry.BASES]

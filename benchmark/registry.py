@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -147,6 +148,32 @@ def load(kind: str, name: str, argument: str | None = None) -> type:
         return component.of(argument)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+@functools.cache
+def completed(kind: str, text: str) -> str:
+    """A recorded spec with the options that its component has gained since, at their defaults, which change nothing.
+
+    Specs of components that aren't here stay as they are.
+    """
+    spec = parse(text)
+    try:
+        component = described(kind, spec.name, spec.argument)
+    except UsageError:
+        return text
+    defaults = {k: p.default for k, p in options(component).items() if p.default is not inspect.Parameter.empty}
+    return str(Spec(spec.name, spec.argument, defaults | spec.options))
+
+
+def described(kind: str, name: str, argument: str | None = None) -> type:
+    """The class behind a name, be it a component's or a card's: vae-gan is a vae.
+
+    Raises:
+        UsageError: as ``load``.
+    """
+    while "-" in name and name not in names(kind):
+        name = name.rpartition("-")[0]
+    return load(kind, name, argument)
 
 
 def raised(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmark import stats
+from benchmark import registry, stats
 from benchmark.errors import UsageError
 
 COLUMNS = (
@@ -229,6 +229,7 @@ def groups(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         identity = dict(run["identity"])
+        identity["purifier"] = registry.completed("purifiers", identity["purifier"])
         if re.fullmatch(r"surrogate:gradient=\w+", identity["view"]):
             identity["view"] = "exact"
         identity["weights"] = {k: v for k, v in identity["weights"].items() if not k.startswith("attack.")}
@@ -256,8 +257,8 @@ def headline(
         of = widest(group)
         run, records = worst_of(of) if len(of) > 1 else (of[0], of[0]["records"])
         identity = run["identity"]
-        keys = ("dataset", "fingerprint", "purifier", "classifier", "copies", "combine", "norm", "eps")
-        key = tuple(identity[k] for k in keys)
+        keys = ("dataset", "fingerprint", "classifier", "copies", "combine", "norm", "eps")
+        key = tuple(identity[k] for k in keys) + (registry.completed("purifiers", identity["purifier"]),)
         rank = (-len(records), float(shares(records).mean()))
         if key not in found or rank < found[key][0]:
             found[key] = (rank, run, records, of)
@@ -276,7 +277,8 @@ def worst_of(group: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str
         "attack": WORST,
         "display": f"worst case of {', '.join(dict.fromkeys(run['names']['display'] for run in group))}",
     }
-    views = dict.fromkeys(run["identity"]["view"] for run in group)
+    took = [run for run in group if any(r["backwards"] for r in run["records"])] or group
+    views = {run["identity"]["view"] for run in took}  # of attacks that took a gradient
     budgets = {run["identity"]["budget"] for run in group}
     merged = group[0] | {
         "identity": group[0]["identity"]

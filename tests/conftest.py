@@ -53,10 +53,10 @@ class Shrink(Purifier):
 
 VARIANTS: dict[str, list[dict]] = {
     "diffpure": [{"rule": "ode"}, {"rule": "eta"}, {"rule": "eta", "eta": 0.0}, {"labels": "continuous"}],
-    "vae": [{"temperature": 0.0}, {"code": 2}, {"likelihood": "bernoulli"}],
+    "vae": [{"temperature": 0.0}, {"code": 2}],
     "vqvae": [{"codes": 4}, {"resample": 0.5}],
-    "nvae": [{"rule": "sample", "tau": 0.0}, {"keep": 1}, {"rule": ["mean", "sample", "mix"]}, {"keep": 3}],
-    "map": [{"begin": "prior"}, {"weight": 0.0}],
+    "nvae": [{"keep": 1, "tau": 0.0}, {"rule": ["mean", "sample", "mix"]}],
+    "map": [{"begin": "prior"}],
     "elbo": [{"sign": True}],
 }
 """Options beside the defaults under which a purifier must keep its contract; a newcomer needs no entry."""

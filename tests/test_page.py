@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmark import cli, report
+from benchmark import cli, registry, report
 from benchmark.cli import parser
 from benchmark.page import command, page
 from benchmark.results import find_runs
@@ -52,11 +52,15 @@ def test_rows_are_those_of_the_report_under_every_rule(runs, data):
 
 def test_the_row_that_speaks_for_a_defense_isnt_its_weakest_attack(data):
     leading = [row for row in data["rows"] if row["leading"]]
-    keys = [tuple(row[k] for k in ("dataset", "threat", "purifier", "classifier")) for row in leading]
+
+    def key(row):  # one defense may have several names: its options can be spelled out or left to their defaults
+        spec = registry.completed("purifiers", dict(row["protocol"])["purifier"])
+        return (*(row[k] for k in ("dataset", "threat", "classifier")), spec)
+
+    keys = [key(row) for row in leading]
     assert len(set(keys)) == len(keys)
     for row in data["rows"]:
-        of = next(one for one, key in zip(leading, keys, strict=True)
-                  if key == tuple(row[k] for k in ("dataset", "threat", "purifier", "classifier")))  # fmt: skip
+        of = leading[keys.index(key(row))]
         assert of["n"] >= row["n"]
         if of["n"] == row["n"] and not of["worst"]:
             assert of["rules"]["mean"]["robust"][0] <= row["rules"]["mean"]["robust"][0]

@@ -481,7 +481,7 @@ def test_the_list_says_what_purifiers_cost_and_how_they_are_attacked(listed):
         assert entry["dial"] is None or entry["dial"] in entry["options"], name
         assert (entry["parameters"] > 0) == entry["weights"], name
         assert entry["nfe"] >= 1 and (entry["differentiable"] or entry["surrogates"]), name
-    assert listed["vqvae"]["surrogates"] == "ste, soft, bypass" and listed["vqvae"]["dial"] == "codes"
+    assert listed["vqvae"]["surrogates"] == "soft, ste, bypass" and listed["vqvae"]["dial"] == "codes"
     rounding = {name for name, entry in listed.items() if not entry["differentiable"]}
     assert rounding >= {"vqvae", "jpeg", "bitdepth"} and not rounding & {"identity", "blur", "vae", "diffpure"}
     assert listed["vae"]["stochastic"] and not listed["blur"]["stochastic"]
