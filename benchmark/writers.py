@@ -93,7 +93,7 @@ def _compact(runs: list[dict[str, Any]]) -> str:
         whole = len(rows_of) > 1
         one = report.row(*report.worst_of(group)) if whole else next(iter(rows_of.values()))
         gradients = one["view"].replace("surrogate:gradient=", "")
-        surrogates = one["view"].startswith("surrogate:") and "@" not in one["view"]
+        surrogates = "surrogate:" in one["view"] and "@" not in one["view"]
         view = "" if one["view"] == "exact" else f" ({gradients})" if surrogates else f" (view {one['view']})"
         view += f", seed {one['seed']}" if several else ""
         cells = [str(one[k]) for k in ("purifier", "classifier", "norm", "eps", "n", "draws")] + [

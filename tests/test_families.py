@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+import scipy.fft
 import scipy.ndimage
 import torch
 from PIL import Image
@@ -594,29 +596,43 @@ def by_block(v: torch.Tensor) -> torch.Tensor:
     return v.unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8)).transpose(-3, -2).flatten(-2)
 
 
+def exactly(pixels: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+    """The grey or RGB images that stand exactly for whole numbers, those of three channels Y, Cb and Cr; the way back.
+
+    libjpeg takes and gives Y, Cb and Cr as whole numbers: so they are compared as they are.
+    """
+    to_ycbcr = torch.tensor(TO_YCBCR if pixels.shape[1] == 3 else [[1.0]], dtype=torch.float64)
+    middle = torch.tensor([0.0, 128.0, 128.0], dtype=torch.float64)[: len(to_ycbcr), None, None]
+    x = torch.einsum("dc,bchw->bdhw", to_ycbcr.inverse(), pixels - middle) / 255
+    return x, lambda found: torch.einsum("dc,bchw->bdhw", to_ycbcr, 255 * found) + middle
+
+
+@pytest.mark.parametrize("quality", [1, 10, 49, 50, 51, 75, 90, 100])
+@pytest.mark.parametrize("mode", ["L", "YCbCr"])
+def test_coefficients_of_a_jpeg_are_scipys_in_steps_of_pillows_tables(mode, quality, make):
+    pixels = photographs(2, 1 if mode == "L" else 3, 12)
+    _, steps = pillow(pixels, mode, quality)
+    expected = scipy.fft.dctn(by_block(pixels - 128).unflatten(-1, (8, 8)).numpy(), axes=(-2, -1), norm="ortho")
+    found = make(("jpeg", {"quality": quality})).start(exactly(pixels)[0], tape(2))[0]
+    assert close(found, torch.from_numpy(expected) / steps.view(-1, 1, 1, 8, 8), atol=1e-9)
+
+
 @pytest.mark.parametrize("quality", [10, 50, 90])
 @pytest.mark.parametrize("mode", ["L", "YCbCr"])
 def test_jpeg_is_that_of_pillow(mode, quality, make):
-    """Within half a grey level, but where a coefficient lies at a tie and may be rounded to the other side.
-
-    Y, Cb and Cr are compared themselves: libjpeg takes and gives them as whole numbers, ours enter and leave as the RGB
-    that stands for them exactly.
-    """
+    """Within half a grey level, but where a coefficient lies at a tie and may be rounded to the other side."""
     pixels = photographs(8, 1 if mode == "L" else 3, 12)
-    to_ycbcr = torch.tensor(TO_YCBCR if mode == "YCbCr" else [[1.0]], dtype=torch.float64)
-    middle = torch.tensor([0.0, 128.0, 128.0], dtype=torch.float64)[: len(to_ycbcr), None, None]
-    x = torch.einsum("dc,bchw->bdhw", to_ycbcr.inverse(), pixels - middle) / 255
+    x, back = exactly(pixels)
     purifier, (theirs, steps) = make(("jpeg", {"quality": quality})), pillow(pixels, mode, quality)
     found = purifier(x)
     assert 0 < found.min() and found.max() < 1  # no clamp acts
-    away = by_block(torch.einsum("dc,bchw->bdhw", to_ycbcr, 255 * found) + middle - theirs).abs().amax(-1)
+    away = by_block(back(found) - theirs).abs().amax(-1)
     coefficients = purifier.start(x, tape(8))[0].flatten(-2)
     # libjpeg's whole-number transform keeps eighths: its coefficients are off by about one of them
     steps = steps[:, None, None]
     tied = (coefficients - coefficients.floor() - 0.5).abs() < 0.15 / steps
     # 0.5 is libjpeg's last rounding; a coefficient that is off by a step moves a pixel by a quarter of it at most
-    allowed = 0.55 + (tied * steps).sum(-1) / 4
-    assert (away <= allowed).all()
+    assert (away <= 0.55 + (tied * steps).sum(-1) / 4).all()
     assert away.median() <= 0.55 and by_block(pixels - theirs).abs().amax(-1).median() >= 3  # much more was lost
 
 
