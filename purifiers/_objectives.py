@@ -57,15 +57,15 @@ def divergence(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - logvar - 1)
 
 
-def balanced(divergences: list[Tensor], sizes: list[int], progress: float, warm_up: float) -> Tensor:
+def balanced(divergences: list[Tensor], sides: list[int], progress: float, warm_up: float) -> Tensor:
     """The divergences of a hierarchy, warmed up and, while warming, balanced; mean over the batch.
 
-    c Σ_l w_l KL_l with c = min(1, progress / warm_up). While c < 1, w_l ∝ |KL_l| ΣKL / size_l, of mean 1 and without a
-    gradient: a group that says much for its size pays more, one that fell silent pays nothing. Then w_l = 1: the ELBO.
+    c Σ_l w_l KL_l with c = min(1, progress / warm_up). While c < 1, w_l ∝ |KL_l| / side_l², of mean 1 and without a
+    gradient: a group that says much for its sites pays more, one that fell silent pays nothing. Then w_l = 1: the ELBO.
 
     Args:
         divergences: per group, shape (B,), in nats per image.
-        sizes: the resolution of each group.
+        sides: the resolution of each group.
         progress: the share of the training done.
         warm_up: the share of the training over which c grows from 0 to 1.
 
@@ -74,7 +74,7 @@ def balanced(divergences: list[Tensor], sizes: list[int], progress: float, warm_
     means = torch.stack([d.mean() for d in divergences])
     if progress >= warm_up:
         return means.sum()
-    weights = (means / means.new_tensor(sizes).square()).abs().detach() + 1e-8
+    weights = (means / means.new_tensor(sides).square()).abs().detach() + 1e-8
     return max(progress, 1e-3) / warm_up * (weights / weights.mean() * means).sum()
 
 
