@@ -62,7 +62,7 @@ def _sorted(table: Table, sort: str) -> Table:
 def compact(runs: Iterable[dict[str, Any]]) -> str:
     """A Markdown line per defense and radius, over the images that all its attacks have, a table per threat model.
 
-    Clean accuracy, each attack beside the other, and their worst case where there are several.
+    Clean accuracy, each attack beside the other, and their worst case; of a single attack that is itself.
     """
     runs = [r for r in runs if r["records"]]
     norms = sorted({run["identity"]["norm"] for run in runs})
@@ -99,7 +99,7 @@ def _compact(runs: list[dict[str, Any]]) -> str:
         cells = [str(one[k]) for k in ("purifier", "classifier", "norm", "eps", "n", "draws")] + [
             _with_interval(one, "clean"),
             *(_percent(rows_of[a]["robust"]) if a in rows_of else "–" for a in attacks),
-            _with_interval(one, "robust") if whole else "–",
+            _with_interval(one, "robust"),
             _percent(one["random_control"]),
         ]
         if sized:
