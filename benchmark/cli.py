@@ -190,8 +190,8 @@ def _gallery(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _replays(arguments: argparse.Namespace, count: int) -> list[Any]:
-    """The images of the runs below some folders."""
+def _replays(arguments: argparse.Namespace, count: int, *, exactly: bool = True) -> list[Any]:
+    """The first images of the runs below some folders; of shorter runs all, unless ``exactly`` so many are wanted."""
     from benchmark.replay import replay
     from benchmark.results import find_runs
 
@@ -199,7 +199,8 @@ def _replays(arguments: argparse.Namespace, count: int) -> list[Any]:
         raise UsageError(f"at least one image is needed, got {count}")
     weights = [Path(arguments.weights)] if arguments.weights else []
     runs = find_runs(arguments.paths)
-    return [replay(run, count, weights=weights, data_dir=arguments.data_dir) for run in runs]
+    counts = [count if exactly else min(count, len(run["records"])) for run in runs]
+    return [replay(run, n, weights=weights, data_dir=arguments.data_dir) for run, n in zip(runs, counts, strict=True)]
 
 
 def _diagnose(arguments: argparse.Namespace) -> int:
@@ -211,7 +212,7 @@ def _diagnose(arguments: argparse.Namespace) -> int:
     if files:
         found = saved(files[0])
     else:
-        found = [diagnosis(replayed) for replayed in _replays(arguments, arguments.n_examples)]
+        found = [diagnosis(replayed) for replayed in _replays(arguments, arguments.n_examples, exactly=False)]
     print(
         json.dumps({"runs": found}, indent=2) if arguments.json else render(found), end="\n" if arguments.json else ""
     )
@@ -317,6 +318,11 @@ def _list(arguments: argparse.Namespace) -> int:
         if arguments.kind == "purifiers":
             need = checkpoints.Need(data.form(arguments.dataset), roots=tuple(roots))
             entries = [entry | _abilities(checkpoints.build("purifiers", entry["name"], need)) for entry in entries]
+            for entry in entries:  # weights may have another dial than their component
+                recipe = (
+                    json.loads(cards[entry["name"]].read_text()).get("recipe", {}) if entry["name"] in cards else {}
+                )
+                entry["dial"] = recipe.get("dial") or entry["dial"]
     if arguments.kind == "classifiers":
         entries += zoo.listing(family)
     if arguments.json:

@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     diagnose.add_argument(
         "paths", nargs="*", default=["results/run"], metavar="PATH", help="folders with runs; or a saved --json"
     )
-    diagnose.add_argument("--n-examples", type=int, default=32, metavar="N", help="images of each run (32)")
+    diagnose.add_argument("--n-examples", type=int, default=32, metavar="N", help="images of each run, at most (32)")
     diagnose.add_argument("--weights", metavar="FOLDER", help="a folder with further cards")
     diagnose.add_argument("--data-dir", metavar="FOLDER", help="where data sets lie")
     diagnose.add_argument("--json", action="store_true", help="one object: a list under runs")

@@ -15,7 +15,7 @@ from purifiers._base import call
 
 
 def purify(source: Path, target: Path, purifier: str, need: checkpoints.Need, *, resize: bool, seed: int) -> str:
-    """Write a purified copy of an image; returns the purifier's canonical spec.
+    """Write a purified copy of an image; returns the purifier's canonical spec, and what else was done to the image.
 
     The image is read in the data set's channels, 8 bits each. Draws depend on the seed alone.
 
@@ -27,7 +27,9 @@ def purify(source: Path, target: Path, purifier: str, need: checkpoints.Need, *,
     channels, height, width = need.form.shape
     try:
         with Image.open(source) as opened:
-            image = opened.convert("L" if channels == 1 else "RGB")
+            mode = "L" if channels == 1 else "RGB"
+            changed = "" if opened.mode == mode else f"; read as {mode}, it was {opened.mode}"
+            image = opened.convert(mode)
     except FileNotFoundError:
         raise UsageError(f"{source}: no such file") from None
     except (UnidentifiedImageError, OSError) as error:
@@ -38,6 +40,7 @@ def purify(source: Path, target: Path, purifier: str, need: checkpoints.Need, *,
                 f"{source} has {image.width}×{image.height} pixels, purifiers for {need.form.family} take "
                 f"{width}×{height}: --resize scales it, or name another --dataset"
             )
+        changed += f"; scaled from {image.width}×{image.height}"
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     component = checkpoints.build("purifiers", purifier, need)
     x = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).view(1, height, width, -1).permute(0, 3, 1, 2)
@@ -48,4 +51,4 @@ def purify(source: Path, target: Path, purifier: str, need: checkpoints.Need, *,
         Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(target)
     except (OSError, ValueError) as error:
         raise UsageError(f"--out {target}: {error}; name a file such as clean.png in a folder that exists") from error
-    return str(component.spec)
+    return f"{component.spec}{changed}"

@@ -53,6 +53,8 @@ class Recipe:
     """A classifier whose features the objective compares; never the victim of the tables."""
     skip_above: float | None = None
     """Steps with a longer gradient, or one that isn't finite, move nothing."""
+    dial: str | None = None
+    """The option that sets the strength of these weights, where it isn't the component's."""
     settle: int = 0
     """Training images handed to ``Purifier.settle`` at the end."""
 

@@ -69,7 +69,7 @@ def balanced(divergences: list[Tensor], sides: list[int], progress: float, warm_
         progress: the share of the training done.
         warm_up: the share of the training over which c grows from 0 to 1.
 
-    Reference: Vahdat and Kautz 2020 (arXiv 2007.03898), appendix A.
+    Reference: Vahdat and Kautz 2020 (arXiv 2007.03898), appendix A, without its factor for groups of one resolution.
     """
     means = torch.stack([d.mean() for d in divergences])
     if progress >= warm_up:

@@ -24,7 +24,8 @@ class ELBO(Ascent):
 
     -ELBO(v) = ‖v - D(mu(v))‖² / (2 sigma_x²) + KL(q(z | v) ‖ N(0, I))
 
-    The image isn't reconstructed: what is fine in it stays, and so may what an attacker put there.
+    The image isn't reconstructed: what is fine in it stays, and so may what an attacker put there. With the steps'
+    directions held fixed it moves by constants: the truncated gradient would be the identity.
 
     Args:
         autoencoder: diffusers' AutoencoderKL.
@@ -43,6 +44,7 @@ class ELBO(Ascent):
 
     dial = "radius"
     stochastic = False
+    surrogates = ("identity",)  # type: ignore[assignment]
     given = ("autoencoder",)
 
     def __init__(
@@ -66,6 +68,11 @@ class ELBO(Ascent):
 
     def start(self, x: Images, noise: Noise) -> tuple[Tensor, Kept]:
         return x, Kept(x)
+
+    @property
+    def nfe(self) -> int:
+        """One pass of the autoencoder per step."""
+        return self.rounds * self.steps
 
     def energy(self, v: Tensor, context: Kept) -> Tensor:
         posterior = self.codec.encode(v)

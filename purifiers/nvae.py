@@ -30,7 +30,7 @@ RULES = ("mean", "sample", "mix", "prior")
 
 
 class State(NamedTuple):
-    """The state of the pass from the top down, and the images (for their shape)."""
+    """What is kept over all steps: the images (for their shape), and the features that the kept groups ask for."""
 
     x: Tensor
     features: tuple[Tensor, ...]
@@ -54,7 +54,8 @@ class NVAE(Purifier):
         rounds: repetitions of the whole.
 
     Raises:
-        ValueError: if ``keep`` isn't among the groups, a rule is unknown or missing, or ``tau`` is negative.
+        ValueError: if ``keep`` isn't among the groups or stands beside a list of rules, if a rule is unknown or missing,
+            or if ``tau`` is negative.
 
     Reference: Vahdat and Kautz 2020 (arXiv 2007.03898); body: Child 2021 (arXiv 2011.10650); mixing as a purifier:
     Serez et al. 2025 (arXiv 2412.03453).
@@ -70,6 +71,8 @@ class NVAE(Purifier):
         if tau < 0:
             raise ValueError(f"tau must not be negative, got {tau}")
         kept = keep or sum(s < ladder.sides[-1] for s in ladder.sides)
+        if isinstance(rule, list) and keep:
+            raise ValueError(f"a list of rules says itself which groups are kept: leave out keep={keep}")
         rules = rule if isinstance(rule, list) else [rule] * kept + ["prior"] * (groups - kept)
         if unknown := sorted({str(r) for r in rules} - set(RULES)):
             raise ValueError(f"rule is {', '.join(RULES)} or a list of them joined by +, got {'+'.join(unknown)}")
@@ -114,8 +117,8 @@ class NVAE(Purifier):
         """The negative ELBO in nats per pixel, with a learned width of the likelihood.
 
         Args:
-            nested: share of the batches that draw all groups after a random one from the prior: the ELBO of a shorter
-                hierarchy, so that every cut is a model of its own.
+            nested: share of the batches that draw all groups after a random one from the prior at the purifier's tau:
+                at tau = 1 the ELBO of a shorter hierarchy, so that every cut is a model of its own.
             warm_up: share of the training over which the divergences grow to their full weight, balanced until then.
         """
         x, ladder = batch.x, self.ladder

@@ -46,7 +46,7 @@ class VAE(Purifier):
         autoencoder: diffusers' AutoencoderKL.
         code: the first so many channels of z are kept; 0 keeps all.
         temperature: scale of the posterior's standard deviation: 1 decodes a sample, 0 the mean, deterministically.
-        likelihood: "gaussian": D is the decoder's output; "bernoulli": its sigmoid.
+        likelihood: as the weights were trained: "gaussian": D is the decoder's output; "bernoulli": its sigmoid.
         rounds: repetitions of the whole.
 
     Raises:

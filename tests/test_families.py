@@ -558,7 +558,7 @@ def test_the_energy_of_an_image_is_its_reconstruction_and_divergence(make):
     assert close(purifier.energy(v, context), expected, atol=1e-9)
 
 
-@pytest.mark.parametrize("view", [Exact(), Surrogate(gradient="truncated")], ids=["exact", "truncated"])
+@pytest.mark.parametrize("view", [Exact(), Surrogate(gradient="identity")], ids=["exact", "identity"])
 def test_signed_steps_pass_the_gradient_on(view, make):
     """Inside [0, 1] the image is moved by constants."""
     purifier, x = make(("elbo", {"sign": True, "radius": 0.05})), (0.2 + 0.6 * images(B)).requires_grad_()
