@@ -54,8 +54,8 @@ class NVAE(Purifier):
         rounds: repetitions of the whole.
 
     Raises:
-        ValueError: if ``keep`` isn't among the groups or stands beside a list of rules, if a rule is unknown or missing,
-            or if ``tau`` is negative.
+        ValueError: if ``keep`` isn't among the groups or stands beside a list of rules, if a rule is unknown or
+            missing, or if ``tau`` is negative.
 
     Reference: Vahdat and Kautz 2020 (arXiv 2007.03898); body: Child 2021 (arXiv 2011.10650); mixing as a purifier:
     Serez et al. 2025 (arXiv 2412.03453).
