@@ -112,7 +112,7 @@ def train(
     parts = component.parts(images.shape, recipe.size, *classes)  # type: ignore[attr-defined]
     module = component(*parts.values(), **recipe.options).to(device).train()
     started = _start(recipe, images, parts, out)
-    aside = _aside(recipe, component, images, device)
+    aside = _aside(recipe, component, images, out, device)
     skipped = _fit(module, recipe, images, folder / "state.pt", device, aside) if recipe.epochs else 0
     if recipe.settle:
         with torch.no_grad():
@@ -169,14 +169,15 @@ def _start(recipe: Recipe, images: data.Dataset, parts: dict[str, nn.Module], ou
     return {name: {"of": recipe.init} | entries[name] for name in parts.keys() & entries.keys()}
 
 
-def _aside(recipe: Recipe, component: Any, images: data.Dataset, device: str) -> dict[str, Any]:
+def _aside(recipe: Recipe, component: Any, images: data.Dataset, out: Path, device: str) -> dict[str, Any]:
     """What the objective takes beside weights: critics that train along, the features of a judge."""
     aside: dict[str, Any] = {}
     if recipe.critics:
         critics = component.critics(images.shape, recipe.size)
         aside |= {name: critics[name].to(device).train() for name in recipe.critics}
     if recipe.judge:
-        judge = checkpoints.build("classifiers", recipe.judge, checkpoints.Need(images.form)).module.to(device)
+        need = checkpoints.Need(images.form, roots=(out,) if out.is_dir() else ())
+        judge = checkpoints.build("classifiers", recipe.judge, need).module.to(device)
         aside["judge"] = partial(_features, judge)
     return aside
 

@@ -16,7 +16,8 @@ from purifiers.vae import VAE
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
-SIZES = {"tiny": ("tiny", 2), "small": ("small", 1), "mixture": ("small", 16), "medium": ("medium", 1)}
+SIZES = {"tiny": ("tiny", 2), "small": ("small", 1), "mixture": ("small", 16), "medium": ("medium", 1),
+         "medium-mixture": ("medium", 64)}  # fmt: skip
 """The size of the autoencoder, and the components of the prior."""
 
 

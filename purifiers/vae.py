@@ -31,8 +31,10 @@ SIZES = {
     "spatial": Size((16, 32, 64), 16),
     "vector": Size((16, 32, 32, 48, 48), 64),
     "medium": Size((64, 128, 128), 8),
+    "medium-vector": Size((64, 64, 128, 128, 128), 128),
 }
-"""28×28 images: small 4×4×4, spatial 4×4×16, vector 1×1×64 (sides padded to 32). medium, for 32×32 on a GPU: 4×4×8."""
+"""28×28 images: small 4×4×4, spatial 4×4×16, vector 1×1×64 (sides padded to 32). For 32×32 images on a GPU: medium
+4×4×8, medium-vector 1×1×128."""
 
 
 class VAE(Purifier):

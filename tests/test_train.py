@@ -75,7 +75,7 @@ def test_every_recipe_writes_a_card_that_builds(tmp_path, name):
     images = data.load(f"{DATASET}:split=validation").first(250)
     batch, tape = Batch(images.images(slice(None)), images.labels), Tape(recipe.seed, "measure", images.ids)
     with torch.no_grad():
-        aside = training._aside(recipe, type(built.module), images, "cpu")
+        aside = training._aside(recipe, type(built.module), images, tmp_path, "cpu")
         losses = built.module.objectives(batch, tape, **recipe.objective, **aside)
     for key, loss in losses.items():
         # the card's is over 256 images
@@ -174,3 +174,34 @@ def test_trained_weights_defend(tmp_path, tiny):
     assert isinstance(defense, Defense)
     x = data.load(DATASET).images(slice(0, 4))
     assert defense(x, Tape(0, "verdict", torch.arange(4))).shape == (4, 10)
+
+
+LARGE = "cifar10"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(recipes(LARGE)))
+def test_every_recipe_for_a_gpu_has_a_finite_objective_that_falls(name):
+    """Networks of the large size on four random images, a few steps; the judge that no data set has yet is our own."""
+    recipe, form = recipes(LARGE)[name], data.form(LARGE)
+    component = registry.load(recipe.kind, recipe.component)
+    classes = (form.classes,) if recipe.kind == "classifiers" else ()
+    torch.manual_seed(0)
+    module = component(*component.parts(form.shape, recipe.size, *classes).values(), **recipe.options).train()
+    aside = {critic: component.critics(form.shape, recipe.size)[critic] for critic in recipe.critics}
+    if recipe.judge:
+        seen = registry.load("classifiers", "resnet").parts(form.shape, "tiny")["net"][0]
+        aside["judge"] = lambda x: [seen(2 * x - 1)]
+    batch, tape = Batch(torch.rand(4, *form.shape), torch.arange(4)), Tape(0, "train", torch.arange(4))
+    key, *_ = losses = module.objectives(batch, tape, **recipe.objective, **aside) or {"": None}
+    if not key:
+        assert recipe.epochs == 0 and recipe.init  # nothing is trained
+        return
+    optimiser = torch.optim.AdamW(module.parameters(), lr=recipe.lr / 10)
+    before = float(losses[key].detach())
+    for _ in range(5):
+        optimiser.zero_grad()
+        module.objectives(batch, tape, **recipe.objective, **aside)[key].backward()
+        optimiser.step()
+    after = float(module.objectives(batch, tape, **recipe.objective, **aside)[key].detach())
+    assert torch.isfinite(torch.tensor([before, after])).all() and after < before
