@@ -15,7 +15,7 @@ from attacks import NotApplicable, Victim
 from attacks._gradient import ce
 from benchmark import registry, report, stats, writers
 from benchmark.errors import UsageError
-from benchmark.preflight import Check, finite_difference_error
+from benchmark.preflight import Check, finite_difference_error, generic
 from benchmark.views import View
 from purifiers import Tape
 
@@ -82,14 +82,17 @@ def gradients(cell: Cell) -> dict[str, Any]:
         )  # fmt: skip
     tape = Tape(cell.settings.seed, "preflight", ids[:2])
     error = finite_difference_error(
-        lambda module, z: ce(module(z, tape, View("exact")(keep=1)), y[:2]), cell.defense, x[:2].double()
+        lambda module, z: ce(module(z, tape, View("exact")(keep=1)), y[:2]), cell.defense, generic(x[:2], tape).double()
     )
+    nothing = exact is None or not bool(exact.any())
     others = [r for r in rows if r["status"] == "pass" and r["view"] != "exact"]
     p = stats.holm([r["p_stronger"] for r in others])
     beats = [r["view"] for r, corrected in zip(others, p, strict=True) if corrected < 0.05]
     checks = [
         Check("finite-differences", "pass" if error <= 1e-2 else "fail", error, 1e-2,
               "the exact view isn't the gradient of the defense: look for detach, no_grad or a custom backward"),
+        Check("exact-says-something", "fail" if nothing else "pass", "zero" if nothing else "", "not zero everywhere",
+              "the purifier rounds: attack it with --view auto, and with each surrogate that it names"),
         Check("exact-is-strongest", "fail" if beats else "pass", ", ".join(beats), "no view beats exact",
               "a weaker view finds more: the exact gradient is masked or vanishes; attack with that view, too"),
     ]  # fmt: skip

@@ -19,6 +19,7 @@ from benchmark.data import Dataset
 from benchmark.errors import RunError, UsageError
 from benchmark.plan import plan
 from benchmark.preflight import Check, accuracy_check, preflight
+from benchmark.views import View
 from purifiers import Defense, Purifier, Tape
 
 ROWS = 8
@@ -57,8 +58,9 @@ def purifier(spec: str, need: Need, images: Dataset) -> list[Check]:
     named = next((n for n, card in known.items() if checkpoints.read_card(card)["kind"] == "classifiers"), None)
     f = checkpoints.build("classifiers", named, need).module if named else Linear(need.form.shape, need.form.classes)
     defense = defenses.tamed(Defense(g, f), images.images(slice(0, 8)))
-    checks = preflight(
-        defense, Exact(keep=1), images.images(FEW), images.labels[FEW], images.ids[FEW], seed=0, rows=ROWS
+    view = View("auto").fitting(defense.purifier)
+    checks = [Check("view", "pass", str(view), "", "")] + preflight(
+        defense, view(1), images.images(FEW), images.labels[FEW], images.ids[FEW], seed=0, rows=ROWS
     )
     if any(c.status == "fail" for c in checks):
         return checks

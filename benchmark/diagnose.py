@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmark import report
 from benchmark.errors import UsageError
 from benchmark.replay import Replay, codes
 
@@ -35,6 +36,7 @@ def diagnosis(replayed: Replay) -> dict[str, Any]:
         "purifier": names["purifier"],
         "classifier": names["classifier"],
         "display": names["display"],
+        "view": report.row(replayed.run, replayed.records)["view"],
         "n": len(x),
         "moved": float((g - x).square().mean().sqrt()),
         "fine_kept_ratio": _fine(g) / _fine(x),
@@ -60,9 +62,7 @@ def saved(path: Path) -> list[dict[str, Any]]:
 
 def render(found: Sequence[dict[str, Any]]) -> str:
     """A Markdown line per run."""
-    heads = (
-        "purifier|classifier|attack|n|moved (rms)|fine detail kept|variety kept|perturbation passed|aligned|codes used"
-    )
+    heads = "purifier|classifier|attack|view|n|moved (rms)|fine detail kept|variety kept|passed|aligned|codes used"
     lines = [f"| {' | '.join(heads.split('|'))} |", "|" + "---|" * len(heads.split("|"))]
     for f in found:
         used = "–" if f["codes_used"] is None else f"{f['codes_used']:.0f}"
@@ -70,11 +70,20 @@ def render(found: Sequence[dict[str, Any]]) -> str:
             "–" if f[k] is None else f"{f[k]:.2f}"
             for k in ("fine_kept_ratio", "variety_ratio", "passed_ratio", "aligned")
         ]
-        cells = [f["purifier"], f["classifier"], f["display"], str(f["n"]), f"{f['moved']:.3f}", *ratios, used]
+        cells = [
+            f["purifier"],
+            f["classifier"],
+            f["display"],
+            f["view"],
+            str(f["n"]),
+            f"{f['moved']:.3f}",
+            *ratios,
+            used,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     note = (
         "Moved: rms of g(x) - x, pixels in [0, 1]. Fine detail: power of g(x) above half of the Nyquist frequency, as "
-        "a share of that of x. Variety: variance over images, likewise. Perturbation passed: median of "
+        "a share of that of x. Variety: variance over images, likewise. Passed: of a perturbation, median of "
         "‖g(x') - g(x)‖ / ‖x' - x‖ under one draw of noise; aligned: their cosine. Codes used: exp of their entropy."
     )
     return "\n".join([*lines, "", note]) + "\n"

@@ -173,13 +173,18 @@ def failures(checks: list[Check]) -> list[Check]:
     return [check for check in checks if check.status == "fail"]
 
 
-def _gradient_checks(defense: Defense, view: View, x: Tensor, y: Tensor, tape: Tape) -> list[Check]:
-    """Zero gradients, and the view's gradient against central differences along two directions, in float64.
+def generic(x: Tensor, tape: Tape) -> Tensor:
+    """Points a hundredth inside of [0, 1] and off the images, to look at gradients.
 
-    At points a hundredth inside of [0, 1] and off the images: on flat areas a median has as many gradients as equal
-    neighbours, and an attack leaves them with its first step.
+    On flat areas a median has as many gradients as equal neighbours, and a clamp at 0 none; an attack leaves them with
+    its first step.
     """
-    x = 0.01 + 0.97 * x + 0.01 * tape.uniform("generic", like=x)
+    return 0.01 + 0.97 * x + 0.01 * tape.uniform("generic", like=x)
+
+
+def _gradient_checks(defense: Defense, view: View, x: Tensor, y: Tensor, tape: Tape) -> list[Check]:
+    """Zero gradients, and the view's gradient against central differences along two directions, in float64."""
+    x = generic(x, tape)
     images = x.clone().requires_grad_()
     gradient = _gradient(ce(defense(images, tape, view), y), images)
     zero = float((gradient.flatten(1).norm(dim=1) == 0).float().mean())

@@ -1,14 +1,24 @@
-"""Purifiers that climb: a code or an image moved uphill on a density, step by step."""
+"""Searches with a VAE's networks: a code or an image moved uphill on a density, step by step."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from purifiers._base import Purifier
+from purifiers._base import Images, Purifier
+from purifiers._codec import KL
 from purifiers._noise import Noise
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+class Kept(NamedTuple):
+    """What is kept over all steps: the images that a search starts from."""
+
+    x: Tensor
 
 
 class Ascent(Purifier):
@@ -18,30 +28,41 @@ class Ascent(Purifier):
     "truncated" takes the steps' directions as constants, "identity" the whole purification for the identity.
 
     Args:
+        autoencoder: diffusers' AutoencoderKL.
+        sigma_x: width of the Gaussian likelihood p(x | z), in [0, 1] pixel units.
         steps: how many.
         rate: length of the first step, in units of v per element.
         sign: move every element by the same length; that direction has no gradient, so the exact one is truncated.
         rounds: repetitions of the whole.
 
     Raises:
-        ValueError: if ``steps`` is below 1 or ``rate`` isn't positive.
+        ValueError: if ``steps`` is below 1, or ``rate`` or ``sigma_x`` isn't positive.
     """
 
     surrogates = ("truncated", "identity")
 
-    def __init__(self, *, steps: int, rate: float, sign: bool, rounds: int = 1):
+    def __init__(
+        self, autoencoder: AutoencoderKL, *, sigma_x: float, steps: int, rate: float, sign: bool, rounds: int = 1
+    ):
         super().__init__(rounds=rounds)
+        if not sigma_x > 0:
+            raise ValueError(f"sigma_x must be positive, got {sigma_x}")
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         if not rate > 0:
             raise ValueError(f"rate must be positive, got {rate}")
+        self.autoencoder, self.codec, self.sigma_x = autoencoder, KL(autoencoder), sigma_x
         self.steps, self.rate, self.sign = steps, rate, sign
 
-    def energy(self, v: Tensor, context: Any) -> Tensor:
+    def energy(self, v: Tensor, context: Kept) -> Tensor:
         """What is descended, per row, in nats."""
         raise TypeError(f"{type(self).__name__} defines no energy")
 
-    def allowed(self, v: Tensor, context: Any) -> Tensor:
+    def misfit(self, x: Images, z: Tensor) -> Tensor:
+        """-log p(x | z) up to a constant: ‖x - D(z)‖² / (2 sigma_x²), per row, in nats."""
+        return (x - self.codec.decode(z, x.shape)).square().flatten(1).sum(1) / (2 * self.sigma_x**2)
+
+    def allowed(self, v: Tensor, context: Kept) -> Tensor:
         """v moved back to where it may be."""
         return v
 

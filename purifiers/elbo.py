@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from purifiers import _objectives
-from purifiers._ascent import Ascent
+from purifiers._ascent import Ascent, Kept
 from purifiers._base import Images
-from purifiers._codec import KL
 from purifiers._noise import Noise
-from purifiers.map import Kept
 from purifiers.vae import VAE
 
 if TYPE_CHECKING:
@@ -37,7 +35,7 @@ class ELBO(Ascent):
         rounds: repetitions of the whole.
 
     Raises:
-        ValueError: as ``Ascent``; if ``radius`` is negative or ``sigma_x`` not positive.
+        ValueError: as ``Ascent``; if ``radius`` is negative.
 
     Reference: Yang et al. 2024 (arXiv 2210.14404), there with a classifier of its own on the code.
     """
@@ -58,13 +56,10 @@ class ELBO(Ascent):
         sigma_x: float = 0.1,
         rounds: int = 1,
     ):
-        super().__init__(steps=steps, rate=rate, sign=sign, rounds=rounds)
+        super().__init__(autoencoder, sigma_x=sigma_x, steps=steps, rate=rate, sign=sign, rounds=rounds)
         if radius < 0:
             raise ValueError(f"radius must not be negative, got {radius}")
-        if not sigma_x > 0:
-            raise ValueError(f"sigma_x must be positive, got {sigma_x}")
-        self.autoencoder, self.codec = autoencoder, KL(autoencoder)
-        self.radius, self.sigma_x = float(radius), sigma_x
+        self.radius = float(radius)
 
     def start(self, x: Images, noise: Noise) -> tuple[Tensor, Kept]:
         return x, Kept(x)
@@ -76,8 +71,7 @@ class ELBO(Ascent):
 
     def energy(self, v: Tensor, context: Kept) -> Tensor:
         posterior = self.codec.encode(v)
-        error = (v - self.codec.decode(posterior.mean, v.shape)).square().flatten(1).sum(1)
-        return error / (2 * self.sigma_x**2) + _objectives.divergence(*posterior).flatten(1).sum(1)
+        return self.misfit(v, posterior.mean) + _objectives.divergence(*posterior).flatten(1).sum(1)
 
     def allowed(self, v: Tensor, context: Kept) -> Tensor:
         return (context.x + (v - context.x).clamp(-self.radius, self.radius)).clamp(0, 1)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from purifiers._ascent import Ascent
+from purifiers._ascent import Ascent, Kept
 from purifiers._base import Images
-from purifiers._codec import KL
 from purifiers._noise import Noise
 from purifiers._priors import Mixture
 from purifiers.vae import VAE
@@ -19,12 +18,6 @@ if TYPE_CHECKING:
 SIZES = {"tiny": ("tiny", 2), "small": ("small", 1), "mixture": ("small", 16), "medium": ("medium", 1),
          "medium-mixture": ("medium", 64)}  # fmt: skip
 """The size of the autoencoder, and the components of the prior."""
-
-
-class Kept(NamedTuple):
-    """The images that the code has to explain."""
-
-    x: Tensor
 
 
 class MAP(Ascent):
@@ -43,7 +36,7 @@ class MAP(Ascent):
         rounds: repetitions of the whole.
 
     Raises:
-        ValueError: as ``Ascent``; if ``sigma_x`` isn't positive, ``weight`` negative or ``begin`` unknown.
+        ValueError: as ``Ascent``; if ``weight`` is negative or ``begin`` unknown.
 
     Reference: Samangouei et al. 2018 (arXiv 1805.06605); ex-post density: Ghosh et al. 2020 (arXiv 1903.12436).
     """
@@ -64,15 +57,12 @@ class MAP(Ascent):
         begin: str = "mean",
         rounds: int = 1,
     ):
-        super().__init__(steps=steps, rate=rate, sign=False, rounds=rounds)
+        super().__init__(autoencoder, sigma_x=sigma_x, steps=steps, rate=rate, sign=False, rounds=rounds)
         if weight < 0:
             raise ValueError(f"weight must not be negative, got {weight}")
-        if not sigma_x > 0:
-            raise ValueError(f"sigma_x must be positive, got {sigma_x}")
         if begin not in ("mean", "prior"):
             raise ValueError(f"begin must be mean or prior, got {begin!r}")
-        self.autoencoder, self.prior, self.codec = autoencoder, prior, KL(autoencoder)
-        self.weight, self.sigma_x, self.begin = weight, sigma_x, begin
+        self.prior, self.weight, self.begin = prior, weight, begin
         self.stochastic = begin == "prior"
         if self.stochastic:
             self.surrogates = ("identity",)  # type: ignore[misc, assignment]  # the truncated gradient is that of the start: none
@@ -82,8 +72,7 @@ class MAP(Ascent):
         return (self.prior.sample(mean, noise) if self.begin == "prior" else mean), Kept(x)
 
     def energy(self, v: Tensor, context: Kept) -> Tensor:
-        error = (context.x - self.codec.decode(v, context.x.shape)).square().flatten(1).sum(1)
-        return error / (2 * self.sigma_x**2) - self.weight * self.prior.log_prob(v)
+        return self.misfit(context.x, v) - self.weight * self.prior.log_prob(v)
 
     def finish(self, state: Tensor, context: Kept) -> Images:
         if self.through == "identity":

@@ -266,7 +266,7 @@ def test_a_diagnosis_is_printed_for_readers_and_for_machines(runs, diagnosed, ca
     assert {found["purifier"]: found for found in document["runs"]} == diagnosed
     assert cli.main(["diagnose", str(runs), "--n-examples", "3"]) == cli.DONE
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + len(diagnosed) and {line.count("|") for line in lines} == {11}
+    assert len(lines) == 2 + len(diagnosed) and {line.count("|") for line in lines} == {12}
     assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {found['purifier']}" for found in document["runs"]]
 
 
@@ -634,3 +634,16 @@ def test_steps_with_a_long_gradient_move_nothing(tmp_path, own_recipes):
     plain = training.Recipe(**card["recipe"] | {"judge": None, "objective": {}})
     alone = training.measure(still.train(), plain, DATASET, limit=64)["test"]["objective of autoencoder"]
     assert card["measured"]["test"]["objective of autoencoder"] > alone + 1
+
+
+@pytest.mark.parametrize(("purifier", "view"), [("jpeg", "surrogate:gradient=ste"), ("blur", "exact")])
+def test_check_takes_the_gradient_that_a_purifier_has(purifier, view, capsys):
+    """Whoever ships a purifier that rounds passes; an audit of its exact gradient says that there is none."""
+    assert cli.main(["check", "--purifier", purifier, "--json"]) == cli.DONE
+    (checks,) = strict(capsys.readouterr().out).values()
+    assert {c["id"]: c["value"] for c in checks}["view"] == view
+    code = cli.main(["audit", "--only", "gradients", "--purifier", purifier, "--n-examples", "2", "--device", "cpu",
+                     "--budget", "quick", "--attack", "pgd:steps=1", "--json"])  # fmt: skip
+    (audit,) = strict(capsys.readouterr().out)["gradients"]
+    status = {c["id"]: c["status"] for c in audit["checks"]}["exact-says-something"]
+    assert (code, status) == ((cli.DONE, "pass") if view == "exact" else (cli.FAILED, "fail"))
