@@ -104,6 +104,9 @@ class AutoPGD(Attack):
     def finish(self, state: State) -> Tensor:
         return state["x_out"][None]
 
+    def lost(self, state: State) -> Tensor:
+        return state["correct_out"][None] == 0
+
     def _look(
         self, k: int, code: Tensor, state: State, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel
     ) -> Evaluation:

@@ -9,8 +9,11 @@ from typing import ClassVar, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from attacks._gradient import Evaluation, Victim
+from attacks._gradient import Evaluation, Victim, margin
 from attacks._threat import ThreatModel
+
+RETIRE_EVERY = 5
+"""Iterations between two questions whether an image may leave."""
 
 State: TypeAlias = dict[str, Tensor]
 Watch: TypeAlias = Callable[[int, State], None]
@@ -50,10 +53,17 @@ class Attack(ABC):
     """The threat models it can search, the first the default."""
     black_box: ClassVar[bool] = False
     """Whether it only looks at outputs: no white-box attack may be weaker."""
-    shown: ClassVar[tuple[str, ...]] = ("steps", "eot", "queries")
+    shown: ClassVar[tuple[str, ...]] = ("steps", "eot", "queries", "retire")
     """Options that ``display`` speaks of; a table adds the others that were given."""
     restricted: ClassVar[bool] = False
     """Whether it searches only a part of the threat model, or for another goal than a wrong label."""
+
+    retire: int = 0
+    """How many new draws must all be wrong for an image to leave before the end; 0: none leaves.
+
+    It saves time on images that are lost, and reads too high: an attack that went on would have made some that are
+    wrong in most draws wrong in all.
+    """
 
     @abstractmethod
     def display(self, stochastic: bool) -> str:
@@ -114,6 +124,24 @@ class Attack(ABC):
     def finish(self, state: State) -> Tensor:
         """The codes of the candidates, shape (V, B, …); of a pixel ball, images."""
 
+    def lost(self, state: State) -> Tensor:
+        """Which candidates were wrong in every draw when they were looked at, shape (V, B): what may retire."""
+        raise TypeError(f"{type(self).__name__} has no retire")
+
+    def retires(self, k: int, state: State, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> bool:
+        """Whether all images leave after iteration k: each lost, and then wrong in ``retire`` draws that are new.
+
+        Every fifth iteration asks, so that an image that is often but not always wrong doesn't pay for each.
+        """
+        if (k + 1) % RETIRE_EVERY:
+            return False
+        lost, eot = self.lost(state), self.retire if victim.stochastic else 1
+        for v in torch.nonzero(lost.any(1)).flatten().tolist():
+            code = self.finish(state)[v]
+            again = victim.evaluate(threat.render(code, x), y, margin, "retire", k, v, eot=eot, gradient=False)
+            lost[v] &= again.correct == 0
+        return bool(lost.any(0).all())
+
     def perturb(
         self,
         x: Tensor,
@@ -148,6 +176,8 @@ class Attack(ABC):
             state["cost"] = torch.tensor([victim.forwards, victim.backwards])
             if watch is not None:
                 watch(k + 1, state)
+            if self.retire and self.retires(k, state, x, y, victim, threat):
+                break
         codes = [self._enforced(code, x, threat) for code in self.finish(state)]
         return Found(
             torch.stack([threat.render(code, x) for code in codes]),

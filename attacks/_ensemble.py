@@ -40,10 +40,11 @@ class Ensemble(Attack):
         return sum(m.gradients(stochastic) for m in self.members(stochastic))
 
     def start(self, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
-        return {
-            "candidates": torch.stack([threat.origin(x)] * self.versions(victim.stochastic)),
-            "broken_at": torch.full((len(x),), -1, device=x.device),
-        }
+        candidates = torch.stack([threat.origin(x)] * self.versions(victim.stochastic))
+        state = {"candidates": candidates, "broken_at": torch.full((len(x),), -1, device=x.device)}
+        if self.retire:
+            state["lost"] = torch.zeros(candidates.shape[:2], dtype=torch.bool, device=x.device)
+        return state
 
     def step(self, k: int, state: State, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
         seen = version = 0  # evaluations and candidates that came before this member's
@@ -53,17 +54,27 @@ class Ensemble(Attack):
             k -= member.length(victim.stochastic)
             seen += member.evaluations(victim.stochastic) // member.eot
             version += member.versions(victim.stochastic)
-        inner = {key.removeprefix("inner."): value for key, value in state.items() if key.startswith("inner.")}
-        if k == 0:
-            inner = member.start(x, y, victim, threat)
+        inner = member.start(x, y, victim, threat) if k == 0 else _inner(state)
         inner = member.step(k, inner, x, y, victim, threat)
         outer = {key: value for key, value in state.items() if not key.startswith("inner.")}
-        if k == member.length(victim.stochastic) - 1:
-            outer["candidates"][version : version + member.versions(victim.stochastic)] = member.finish(inner)
+        if k == member.length(victim.stochastic) - 1 or self.retire:
+            own = slice(version, version + member.versions(victim.stochastic))
+            outer["candidates"][own] = member.finish(inner)
+            if self.retire:
+                outer["lost"][own] = member.lost(inner)
             found = torch.where(inner["broken_at"] >= 0, inner["broken_at"] + seen, -1)
             outer["broken_at"] = torch.where(outer["broken_at"] < 0, found, outer["broken_at"])
-            return outer
-        return outer | {f"inner.{key}": value for key, value in inner.items()}
+        if k < member.length(victim.stochastic) - 1:
+            outer |= {f"inner.{key}": value for key, value in inner.items()}
+        return outer
 
     def finish(self, state: State) -> Tensor:
         return state["candidates"]
+
+    def lost(self, state: State) -> Tensor:
+        return state["lost"].clone()
+
+
+def _inner(state: State) -> State:
+    """The state of the member that is at work."""
+    return {key.removeprefix("inner."): value for key, value in state.items() if key.startswith("inner.")}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from attacks._calls import Calls, Request
 from attacks._views import View
 
 LossFunction = Callable[..., Tensor]
@@ -81,22 +82,22 @@ class Evaluation(NamedTuple):
 
 
 class Victim:
-    """A defense as an attack sees it: losses and gradients averaged over draws, in calls of one fixed row count.
+    """A defense as an attack sees it: losses and gradients averaged over draws.
 
     Args:
         defense: ``defense(x, noise, purify)`` → logits; what the attacker differentiates.
         view: how the purifier is run for the gradient.
         tape: keyed noise of the attack, a row per image.
-        rows: rows of every network call; the last call is padded.
+        calls: how the network is called: alone, or together with other searches.
         stochastic: whether draws differ.
         foreknown: whether the attacker knows the draws that will judge: the tape is theirs, and every evaluation uses
             its first ``eot`` draws, whatever the site.
     """
 
     def __init__(
-        self, defense: nn.Module, view: View, tape: Any, *, rows: int, stochastic: bool, foreknown: bool = False
+        self, defense: nn.Module, view: View, tape: Any, calls: Calls, *, stochastic: bool, foreknown: bool = False
     ):
-        self.defense, self.view, self.tape, self.rows, self.stochastic = defense, view, tape, rows, stochastic
+        self.defense, self.view, self.tape, self.calls, self.stochastic = defense, view, tape, calls, stochastic
         self.foreknown = foreknown
         self.forwards = self.backwards = 0
 
@@ -122,60 +123,31 @@ class Victim:
             eot: draws.
             gradient: whether to differentiate.
             aside: what else the loss needs of each image, e.g. target classes.
-            view: another view than the attacker's, to see more of the purifier.
+            view: another view than the attacker's, to see more of the purifier; its calls are this search's alone.
         """
-        losses, corrects, gradients = [], [], []
-        for inputs, labels, *more, noise, count in blocks(self.rows, (x, y, *aside), self._noise(*site), eot):
-            inputs = inputs.detach().requires_grad_(gradient)
-            with torch.set_grad_enabled(gradient):
-                logits = self.defense(inputs, noise, view or self.view)
-                value = loss(logits, labels, *more)
-                if gradient:
-                    (slope,) = torch.autograd.grad(value.sum(), inputs)
-                    gradients.append(slope[:count])
-            finite = logits.detach().isfinite().all(1)
-            losses.append(value.detach()[:count])
-            corrects.append(((logits.detach().argmax(1) == labels) & finite)[:count])
+        found = self.calls.ask(
+            Request(
+                self.defense, view or self.view, x, self._noise(*site), eot, loss, (y, *aside), gradient,
+                alone=view is not None,
+            )
+        )  # fmt: skip
+        right = (found.logits.argmax(1) == y.repeat_interleave(eot)) & found.logits.isfinite().all(1)
         self.forwards += eot
         self.backwards += eot if gradient else 0
         return Evaluation(
-            _mean(torch.cat(losses), eot),
-            _mean(torch.cat(corrects).to(x.dtype), eot),
-            _mean(torch.cat(gradients), eot) if gradient else x.new_empty(0),
+            _mean(found.losses, eot),
+            _mean(right.to(x.dtype), eot),
+            _mean(found.gradients, eot) if gradient else x.new_empty(0),
         )
 
     def logits(self, x: Tensor, *site: str | int, eot: int) -> Tensor:
         """Logits at x, the mean over ``eot`` draws of the site: shape (B, K)."""
-        with torch.no_grad():
-            calls = blocks(self.rows, (x,), self._noise(*site), eot)
-            logits = [self.defense(inputs, noise, self.view)[:count] for inputs, noise, count in calls]
+        found = self.calls.ask(Request(self.defense, self.view, x, self._noise(*site), eot))
         self.forwards += eot
-        return _mean(torch.cat(logits), eot)
+        return _mean(found.logits, eot)
 
     def _noise(self, *site: str | int) -> Any:
         return self.tape if self.foreknown else self.tape.fold(*site)
-
-
-def blocks(rows: int, columns: tuple[Tensor, ...], tape: Any, draws: int = 1) -> Iterator[tuple]:
-    """Cut images × draws into calls of exactly ``rows`` rows, the last padded with its own last row.
-
-    One fixed shape makes a row's result independent of its neighbours, so that batching changes no byte.
-
-    Args:
-        rows: rows of every call.
-        columns: images, labels, … : tensors with a row per image.
-        tape: keyed noise, a row per image; None for none.
-        draws: draws per image, the rows of one image side by side.
-
-    Yields:
-        (*columns, tape, how many of the rows are real).
-    """
-    total = len(columns[0]) * draws
-    tape = None if tape is None else tape.draws(draws)
-    for first in range(0, total, rows):
-        index = torch.arange(first, first + rows).clamp_max(total - 1)
-        source = (index // draws).to(columns[0].device)
-        yield *(c[source] for c in columns), None if tape is None else tape[index], min(rows, total - first)
 
 
 def _mean(values: Tensor, eot: int) -> Tensor:

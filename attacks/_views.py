@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from attacks._adjoint import Adjoint
+from attacks._nest import emptied, filled
+from attacks._recompute import staged
 
 View = Callable[[nn.Module, Tensor, Any], Tensor]
 
@@ -26,7 +27,7 @@ class Exact:
     """The gradient of the discrete chain that is evaluated, by one recomputing fold over the purifier's stages.
 
     Stages (start, steps, finish) but the last ``keep`` store only their inputs; the backward pass runs them again under
-    the same keyed noise. The gradient is the one that storing everything would give, bit for bit.
+    the same keyed noise. How many are kept changes no bit of the gradient.
 
     Args:
         keep: how many of the last stages keep their graphs; None keeps all, the fastest where memory allows.
@@ -38,16 +39,15 @@ class Exact:
     def __call__(self, purifier: nn.Module, x: Tensor, noise: Any) -> Tensor:
         if not hasattr(purifier, "rounds"):
             return purifier(x)
-        if self.keep is None or noise is None or not torch.is_grad_enabled():
+        if noise is None or not torch.is_grad_enabled():
             return purifier(x, noise)
-        keep, remaining = self.keep, stages(purifier)
+        remaining = stages(purifier)
+        keep = remaining if self.keep is None else self.keep
 
         def apply(stage: Callable[..., Any], *inputs: Any) -> Any:
             nonlocal remaining
             remaining -= 1
-            if remaining < keep:
-                return stage(*inputs)
-            return checkpoint(stage, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return staged(stage, *inputs, keep=remaining < keep)
 
         return purifier(x, noise, apply)
 
@@ -143,12 +143,11 @@ class _Seen:
 
 def _spliced(exact: Any, approximate: Any) -> Any:
     """The values of one nest of tensors with the gradients of another of the same build."""
-    if isinstance(exact, Tensor):  # detached: a stage may hand on its input, which has a gradient of its own
-        return exact.detach() + (approximate - approximate.detach())
-    if isinstance(exact, tuple) and not isinstance(exact, torch.Size):
-        parts = [_spliced(a, b) for a, b in zip(exact, approximate, strict=True)]
-        return type(exact)(*parts) if hasattr(exact, "_fields") else tuple(parts)
-    return exact
+    values: list[Tensor] = []
+    slopes: list[Tensor] = []
+    nest, _ = emptied(exact, values), emptied(approximate, slopes)
+    # detached: a stage may hand on its input, which has a gradient of its own
+    return filled(nest, (v.detach() + (s - s.detach()) for v, s in zip(values, slopes, strict=True)))
 
 
 VIEWS: dict[str, Callable[..., View]] = {
@@ -163,28 +162,6 @@ VIEWS: dict[str, Callable[..., View]] = {
 def stages(purifier: nn.Module) -> int:
     """How many stages one purification runs."""
     return int(purifier.rounds) * (int(purifier.steps) + 2)  # type: ignore[arg-type]
-
-
-def affordable(purifier: nn.Module, x: Tensor, noise: Any, rows: int, budget: int) -> int | None:
-    """How many last stages' graphs fit into ``budget`` bytes at ``rows`` rows: None for all.
-
-    Measured, not modelled: the bytes that autograd saves for a purification of ``x``, whose first row stands for all.
-    """
-    if not hasattr(purifier, "rounds"):
-        return None
-    saved: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        purifier(x.detach().requires_grad_(), noise)
-    weights = {p.data_ptr() for p in purifier.parameters()}
-    per_row = sum(size for pointer, size in saved.items() if pointer not in weights) / len(x)
-    if per_row * rows <= budget:
-        return None
-    return int(stages(purifier) * budget / (per_row * rows))
 
 
 def _plain(purifier: nn.Module, x: Tensor, noise: Any) -> Tensor:

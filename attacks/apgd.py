@@ -18,6 +18,7 @@ class APGD(Ensemble):
         loss: "ce", "dlr", "margin" or "error"; with targets it is the targeted DLR.
         restarts: runs from other starts.
         targets: how many classes are aimed at, the likeliest by mean logits at x; 0 for none.
+        retire: leave an image whose candidate is wrong in all draws, and in so many new ones; 0 leaves none.
 
     Raises:
         ValueError: if a count is below 1, ``targets`` is negative or the loss is unknown.
@@ -25,17 +26,27 @@ class APGD(Ensemble):
     Reference: Croce and Hein 2020 (arXiv 2003.01690).
     """
 
-    shown = ("steps", "eot", "loss", "restarts", "targets")
+    shown = ("steps", "eot", "loss", "restarts", "targets", "retire")
 
-    def __init__(self, *, steps: int = 100, eot: int = 20, loss: str = "ce", restarts: int = 1, targets: int = 0):
-        if min(steps, eot, restarts) < 1 or targets < 0:
+    def __init__(
+        self,
+        *,
+        steps: int = 100,
+        eot: int = 20,
+        loss: str = "ce",
+        restarts: int = 1,
+        targets: int = 0,
+        retire: int = 0,
+    ):
+        if min(steps, eot, restarts) < 1 or min(targets, retire) < 0:
             raise ValueError(
-                f"steps, eot and restarts must be positive, targets not negative, "
-                f"got {steps}, {eot}, {restarts}, {targets}"
+                f"steps, eot and restarts must be positive, targets and retire not negative, "
+                f"got {steps}, {eot}, {restarts}, {targets}, {retire}"
             )
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
         self.steps, self.eot, self.loss, self.restarts, self.targets = steps, eot, loss, restarts, targets
+        self.retire = retire
 
     def members(self, stochastic: bool) -> list[AutoPGD]:
         return [
@@ -47,6 +58,7 @@ class APGD(Ensemble):
     def display(self, stochastic: bool) -> str:
         draws = f", EOT {self.eot}" if stochastic else ""
         aims = f", {self.targets} targets" if self.targets else ""
+        aims += f", retire {self.retire}" if self.retire else ""
         restarts = f" × {self.restarts}" if self.restarts > 1 else ""
         loss = "T" if self.targets else self.loss.upper()
         return f"APGD-{loss} ({self.steps} it{draws}{aims}){restarts}"

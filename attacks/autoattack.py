@@ -36,6 +36,7 @@ class AutoAttack(Ensemble):
         queries: of Square, natively; the package's own is 5,000.
         version: "standard", "rand", "plus" or "auto".
         backend: "native", "pyautoattack" or "auto".
+        retire: natively, leave an image that a candidate got wrong in all draws, and in so many new ones; 0: none.
 
     Raises:
         ValueError: if a count is below 1, or the version or backend is unknown.
@@ -44,7 +45,7 @@ class AutoAttack(Ensemble):
     """
 
     norms = ("Linf", "L2")
-    shown = ("steps", "eot", "queries", "version", "backend")
+    shown = ("steps", "eot", "queries", "version", "backend", "retire")
     VERSIONS, BACKENDS = ("standard", "rand", "plus"), ("native", "pyautoattack")
     TARGETS, RESTARTS = 9, 5
     COST = {"standard": (7_864, 1_910), "plus": (9_787, 3_319)}
@@ -60,13 +61,17 @@ class AutoAttack(Ensemble):
         queries: int = 5000,
         version: str = "auto",
         backend: str = "auto",
+        retire: int = 0,
     ):
-        if min(steps, eot, queries) < 1:
-            raise ValueError(f"steps, eot and queries must be positive, got {steps}, {eot}, {queries}")
+        if min(steps, eot, queries) < 1 or retire < 0:
+            raise ValueError(
+                f"steps, eot and queries must be positive, retire not negative, got {steps}, {eot}, {queries}, {retire}"
+            )
         for what, value, known in (("version", version, self.VERSIONS), ("backend", backend, self.BACKENDS)):
             if value not in ("auto", *known):
                 raise ValueError(f"{what} must be one of auto, {', '.join(known)}, got {value!r}")
         self.steps, self.eot, self.queries, self.chosen, self.backend = steps, eot, queries, version, backend
+        self.retire = retire
 
     def version(self, stochastic: bool) -> str:
         """Which of the three it is for such a defense."""
@@ -90,10 +95,11 @@ class AutoAttack(Ensemble):
         version, package = self.version(stochastic), self.package(stochastic)
         if package and version != "rand":
             return f"AutoAttack ({version}, {package})"
-        full = (self.steps, self.eot) == (100, 20)
+        full = (self.steps, self.eot, self.retire) == (100, 20, 0)
         if full and version == "rand":
             return f"AutoAttack (rand, {package})" if package else "AutoAttack-rand (native)"
         draws = f", EOT {self.eot}" if stochastic or version == "rand" else ""
+        draws += f", retire {self.retire}" if self.retire and not package else ""
         losses = {"rand": "CE+DLR", "standard": "CE+T", "plus": f"(CE+DLR)×{self.RESTARTS}+T"}[version]
         square = "" if version == "rand" else f"+Square ({self.queries} queries)"
         by = f", {package}" if package else ""
@@ -139,7 +145,7 @@ class AutoAttack(Ensemble):
     def ignored(self, stochastic: bool) -> tuple[str, ...]:
         if not self.package(stochastic):
             return ("queries",) if self.version(stochastic) == "rand" else ()
-        return ("queries",) if self.version(stochastic) == "rand" else ("steps", "eot", "queries")
+        return ("queries", "retire") if self.version(stochastic) == "rand" else ("steps", "eot", "queries", "retire")
 
     def step(self, k: int, state: State, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
         if not self.package(victim.stochastic):

@@ -28,6 +28,7 @@ class PGD(Attack):
         restarts: independent searches.
         random_start: start in a random point of the ball, otherwise in x.
         iterate: "last" or "best".
+        retire: leave an image whose best iterate is wrong in all draws, and in so many new ones; 0 leaves none.
         sign: step along the gradient's sign whatever the norm: Lee and Kim's "L2" attack, marked so in tables.
 
     Raises:
@@ -38,7 +39,7 @@ class PGD(Attack):
     """
 
     title: ClassVar[str] = "PGD"
-    shown: ClassVar[tuple[str, ...]] = ("steps", "eot", "loss", "restarts", "iterate", "sign")
+    shown: ClassVar[tuple[str, ...]] = ("steps", "eot", "loss", "restarts", "iterate", "sign", "retire")
 
     def __init__(
         self,
@@ -52,11 +53,12 @@ class PGD(Attack):
         random_start: bool = True,
         iterate: str = "last",
         sign: bool = False,
+        retire: int = 0,
     ):
-        if min(steps, eot, restarts) < 1 or step <= 0 or step_size < 0:
+        if min(steps, eot, restarts) < 1 or step <= 0 or min(step_size, retire) < 0:
             raise ValueError(
-                "step_size must not be negative, steps, eot, restarts and step must be positive, got "
-                f"{step_size} and {steps}, {eot}, {restarts}, {step}"
+                "step_size and retire must not be negative, steps, eot, restarts and step must be positive, got "
+                f"{step_size}, {retire} and {steps}, {eot}, {restarts}, {step}"
             )
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
@@ -64,11 +66,12 @@ class PGD(Attack):
             raise ValueError(f'iterate must be "last" or "best", got {iterate!r}')
         self.steps, self.eot, self.step_factor, self.step_size, self.restarts = steps, eot, step, step_size, restarts
         self.loss, self.random_start, self.iterate, self.sign = LOSSES[loss], random_start, iterate, sign
-        self.loss_name = loss
+        self.loss_name, self.retire = loss, retire
+        self.best = iterate == "best" or retire > 0  # who retires was seen; the last iterate was not
 
     def display(self, stochastic: bool) -> str:
         draws = f", EOT {self.eot}" if stochastic else ""
-        best = ", best iterate" if self.iterate == "best" else ""
+        best = (", best iterate" if self.best else "") + (f", retire {self.retire}" if self.retire else "")
         restarts = f" × {self.restarts}" if self.restarts > 1 else ""
         sign = "sign-step " if self.sign else ""
         return f"{sign}{self.title}-{self.loss_name.upper()} ({self.steps} it{draws}{best}){restarts}"
@@ -88,7 +91,7 @@ class PGD(Attack):
     def start(self, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
         first = torch.stack([self.first(x, victim, threat, r) for r in range(self.restarts)])
         state = {"x_adv": first, "broken_at": torch.full((len(x),), -1, device=x.device)}
-        if self.iterate == "best":
+        if self.best:
             worst = torch.full((self.restarts, len(x)), torch.inf, dtype=x.dtype, device=x.device)
             state |= {"best": first.clone(), "best_correct": worst, "best_loss": -worst}
         return state
@@ -97,7 +100,7 @@ class PGD(Attack):
         restart = k // self.steps
         code = state["x_adv"][restart]
         evaluation = self.look(k, threat.render(code, x), x, y, victim)
-        if self.iterate == "best":
+        if self.best:
             _remember(state, restart, code, evaluation)
         gradient = self.shaped(threat.pullback(evaluation.gradient, code, x))
         size = self.step_size or self.step_factor * threat.bound / self.steps
@@ -107,7 +110,10 @@ class PGD(Attack):
         return state
 
     def finish(self, state: State) -> Tensor:
-        return state["best" if self.iterate == "best" else "x_adv"]
+        return state["best" if self.best else "x_adv"]
+
+    def lost(self, state: State) -> Tensor:
+        return state["best_correct"] == 0
 
     def look(self, k: int, x_adv: Tensor, x: Tensor, y: Tensor, victim: Victim) -> Evaluation:
         """What iteration k learns at x_adv, and climbs."""

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attacks import NotApplicable, Victim
+from attacks import Calls, NotApplicable, Victim
 from attacks._gradient import ce
 from benchmark import registry, report, stats, writers
 from benchmark.errors import UsageError
 from benchmark.preflight import Check, finite_difference_error, generic
+from benchmark.verdict import Judge
 from benchmark.views import View
 from purifiers import Tape
 
@@ -58,7 +59,7 @@ def gradients(cell: Cell) -> dict[str, Any]:
     for name in views(cell):
         view = View(name)(keep=1)
         victim = Victim(
-            cell.defense, view, Tape(cell.settings.seed, "attack", ids), rows=cell.rows, stochastic=cell.stochastic
+            cell.defense, view, Tape(cell.settings.seed, "attack", ids), Calls(cell.rows), stochastic=cell.stochastic
         )
         try:
             gradient = victim.evaluate(x, y, ce, "audit", eot=1).gradient.flatten(1).double()
@@ -69,7 +70,7 @@ def gradients(cell: Cell) -> dict[str, Any]:
         exact = gradient if exact is None else exact
         cosine = torch.nn.functional.cosine_similarity(gradient, exact)
         ratio = gradient.norm(dim=1) / exact.norm(dim=1)
-        right = cell.judged(found.candidates, y, ids, draws)
+        right = Judge(cell, Calls(cell.rows)).share(found.candidates, y, ids, draws).cpu().numpy()
         reference = right if reference is None else reference
         difference = stats.compare(right, reference)
         stronger = stats.compare(reference, right, one_sided=True).p

@@ -1,4 +1,4 @@
-"""One cell of a table: a defense attacked on a data set, and what happened recorded. The loop behind every number."""
+"""One cell of a table: a defense to be attacked on a data set, what identifies it, and what it will cost."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ import sys
 import time
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from attacks import NORMS, Attack, AttackError, NotApplicable, ThreatModel, Victim
-from attacks._gradient import blocks
-from attacks._views import affordable
-from benchmark import checkpoints, config, data, defenses, registry, report
+from attacks import NORMS, PRECISIONS, Attack, NotApplicable, ThreatModel
+from attacks._recompute import ROWS, Footprint, footprint
+from benchmark import checkpoints, config, data, defenses, memory, registry, report
+from benchmark.engine import BLOCK, Engine, Incomplete
 from benchmark.errors import NotApplicableError, RunError, UsageError
 from benchmark.plan import Plan, plan
 from benchmark.preflight import accuracy_check, failures, preflight
@@ -28,22 +26,12 @@ from benchmark.results import Run, environment, read_run
 from benchmark.views import View
 from purifiers import Defense, Purifier, Tape
 
-BLOCK = 32
-"""Images that are attacked together, and the unit in which a third-party attack runs and resumes."""
-SAVE_EVERY = 120.0
-"""Seconds between saves of an attack under way."""
+__all__ = ["Cell", "Incomplete", "Result", "Settings"]
+
 KNOWN = 64
 """Images on which a classifier is held against its stated accuracy."""
-GRAPH_BUDGET = 3 << 30
-"""Bytes for stored graphs on a CPU; half of the free memory on a GPU."""
-
-
-AT_X: WeakKeyDictionary[Defense, dict[tuple, Tensor]] = WeakKeyDictionary()
-"""Logits at the unperturbed images, by defense."""
-
-
-class Incomplete(Exception):
-    """Stopped on request before the end; the same command continues (exit code 75)."""
+MOST_ROWS = {"cpu": 128, "cuda": 2048}
+"""Rows of a network call, unless told otherwise or memory is short."""
 
 
 class Result(NamedTuple):
@@ -69,6 +57,13 @@ class Settings:
     draws: int | None = None
     seed: int = 0
     rows: int | None = None
+    """Of every network call; what fits if None."""
+    precision: str = "float32"
+    """Of the attacker's gradients."""
+    compile: bool = False
+    """Compile the networks for the fixed shape of their calls."""
+    channels_last: bool = False
+    """Lay out weights and images with channels last."""
     device: str = "cpu"
     out: str | Path = "results/run"
     data_dir: str | None = None
@@ -110,6 +105,14 @@ class Cell:
         if s.norm is not None and s.norm not in NORMS:
             raise UsageError(registry.unknown("norm", s.norm, sorted(NORMS)))
         self.view = View(s.view)
+        if s.precision not in PRECISIONS:
+            raise UsageError(registry.unknown("precision", s.precision, list(PRECISIONS)))
+        try:
+            PRECISIONS[s.precision]().context(self.device.type)
+        except ValueError as error:
+            raise UsageError(f"--precision {s.precision}: {error}") from error
+        if s.rows is not None and (s.rows < 1 or s.rows % ROWS):
+            raise UsageError(f"--batch-size {s.rows}: row counts are multiples of 32, so that no row sees its place")
         self.n, self.data = s.images, s.examples(source)
         described = defenses.describe(defense)
         defense = self.defense = defenses.tamed(defense, self.data.images(slice(0, 8))).to(self.device)
@@ -183,12 +186,8 @@ class Cell:
             select=self.select,
             draws=self.draws,
             seed=s.seed,
-            precision="float32",
+            precision=s.precision,
         )
-        eot = options.get("eot", 1)
-        self.rows = min(128 if self.device.type == "cpu" else 2048, BLOCK * eot) if s.rows is None else s.rows
-        if self.rows < 1 or self.rows % 32:
-            raise UsageError(f"--batch-size {self.rows}: row counts are multiples of 32, so that no row sees its place")
         self.plan: Plan = plan(
             self.attack, stochastic=self.drawing, nfe=defense.nfe, n=self.n, select=self.select, draws=self.draws,
             null=max(self.distinct, self.attack.looks(self.drawing) if self.stochastic else 0),
@@ -201,10 +200,11 @@ class Cell:
             display = display.replace(self.package, f"{self.package} {version(self.package)}")
         if self.view.foreknown:
             display += " [knows the verdict's draws]"
-        names = described["names"] | {"attack": attack, "display": display}
+        names = self.names = described["names"] | {"attack": attack, "display": display}
         self.folder = Run(
             Path(s.out), self.identity, names,
-            {"environment": environment(s.device, self.rows), "stochastic": self.stochastic, "nfe": defense.nfe,
+            {"environment": environment(s.device, compile=s.compile, channels_last=s.channels_last),
+             "stochastic": self.stochastic, "nfe": defense.nfe,
              "parameters": sum(p.numel() for p in defense.purifier.parameters()),
              "preflight": s.preflight, "noise": self._noise(),
              "watched": self.watched},
@@ -217,7 +217,7 @@ class Cell:
         return "stream" if self.package and self.drawing else "keyed"
 
     def __str__(self) -> str:
-        i, names = self.identity, self.folder.settings["names"]
+        i, names = self.identity, self.names
         return (
             f"{names['purifier']} + {names['classifier']} under {names['display']}, {i.norm} {i.eps}, view {i.view}, "
             f"{i.dataset} n={self.n}, seed {i.seed}"
@@ -228,40 +228,103 @@ class Cell:
         finished = read_run(self.run())
         return Result(report.rows([finished]), finished["records"], finished["folder"])
 
+    @property
+    def mixes(self) -> bool:
+        """Whether searches may share calls: a package draws from global generators, and so does a foreign module."""
+        return not self.package and self.folder.settings["noise"] == "keyed"
+
+    @cached_property
+    def footprint(self) -> Footprint:
+        """What a gradient stores per row, measured on one image; nothing if the attack takes none."""
+        if not self.attack.gradients(self.drawing):
+            return Footprint((0.0,), 0.0)
+        tape = Tape(self.settings.seed, "preflight", self.data.ids[:1]).to(self.device)
+        return footprint(self.attacker.purifier, self.data.images(slice(0, 1)).to(self.device), tape)
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows of every network call: as told, or as the run began, or the most that fits into memory.
+
+        Raises:
+            UsageError: if not even 32 rows fit.
+        """
+        if self.settings.rows is not None:
+            return self.settings.rows
+        if (begun := self.folder.begun_rows()) is not None:
+            return begun
+        found = self.footprint.rows(self.most_rows, memory.budget(self.device))
+        if found == 0:
+            need = (self.footprint.inputs + max(self.footprint.graphs)) * ROWS / 2**30
+            raise UsageError(
+                f"{self}: the gradient of 32 rows needs {need:.1f} GiB even where every step is recomputed, and "
+                f"{memory.budget(self.device) / 2**30:.1f} GiB may be used here: take a device with more memory"
+            )
+        return found
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of a network call where memory is plenty: on a GPU as many as there are, on a CPU one group's."""
+        eot, device = getattr(self.attack, "eot", 1), self.device.type
+        images = BLOCK if device == "cpu" else self.n
+        return max(min(MOST_ROWS.get(device, 128), images * eot // ROWS * ROWS), ROWS)
+
+    @cached_property
+    def keep(self) -> int | None:
+        """How many of a purification's last stages keep their graphs; None for all. It changes no number."""
+        return self.footprint.keep(self.rows, memory.budget(self.device))
+
     def run(self) -> Path:
         """Attack every example that isn't recorded yet; returns the folder."""
         s, began = self.settings, time.monotonic()
         self.folder.check_identity()
-        done = self.folder.done()
-        starts = [
-            first
-            for first in range(0, self.n, BLOCK)
-            if any(int(i) not in done for i in self.data.ids[first : min(first + BLOCK, self.n)])
-        ]
-        if not starts:
+        if not self.left():
             if not s.quiet:
                 print(f"all {self.n} images are recorded in {self.folder.folder}: nothing to compute", file=sys.stderr)
             return self.folder.finish()
         self.check_classes()
         if (caveat := self.attack.caveat(self.drawing)) and not s.quiet:
             print(f"note: {caveat}", file=sys.stderr)
-        self.folder.open(self.n, self.data.shape, mixed_environment=s.mixed_environment)
+        self.prepare()
+        self.folder.open(self.n, self.data.shape, rows=self.rows, mixed_environment=s.mixed_environment)
         self._preflight()
-        length = self.attack.length(self.drawing)
-        with tqdm(
-            total=len(starts) * length, unit="it", disable=s.quiet, mininterval=0.5 if sys.stderr.isatty() else 20,
-            desc=f"{self.folder.settings['names']['display']}",
-        ) as bar:  # fmt: skip
-            for first in starts:
-                try:
-                    self._block(first, done, bar, began)
-                except NotApplicable as error:
-                    self.folder.discard()
-                    raise NotApplicableError(f"{self}: not applicable: {error}") from error
-                shown = [r for r in self.folder.done().values()]
-                robust = np.mean([np.mean(np.array(r["adv"]) == r["label"]) for r in shown])
-                bar.set_postfix_str(f"robust {robust:.1%} of {len(shown)}")
-        return self.folder.finish()
+        while True:
+            try:
+                Engine(self).run(began)
+                return self.folder.finish()
+            except NotApplicable as error:
+                self.folder.discard()
+                raise NotApplicableError(f"{self}: not applicable: {error}") from error
+            except torch.cuda.OutOfMemoryError as error:
+                self._halve(error)
+
+    def left(self) -> int:
+        """How many images are not recorded yet."""
+        done = self.folder.done()
+        return sum(int(i) not in done for i in self.data.ids[: self.n])
+
+    def prepare(self) -> None:
+        """Make the machine ready: exact float32, an allocator that keeps what it has, layout and compilation."""
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        memory.keep_freed()
+        for defense in {self.defense, self.attacker}:
+            if self.settings.channels_last:
+                defense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            if self.settings.compile:
+                for network in _networks(defense):
+                    network.compile(dynamic=False)
+
+    def _halve(self, error: Exception) -> None:
+        """Halve the rows after memory ran out; searches under way begin again, for bytes may depend on rows."""
+        if self.rows <= ROWS:
+            raise RunError(
+                f"{self}: memory ran out at 32 rows: take a device with more, or a smaller network"
+            ) from error
+        before, self.rows = self.rows, max(self.rows // 2 // ROWS * ROWS, ROWS)  # type: ignore[misc]
+        self.__dict__.pop("keep", None)
+        print(f"note: memory ran out at {before} rows; going on with {self.rows}", file=sys.stderr)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.folder.halved(self.rows)
 
     def check_classes(self) -> None:
         """Whether the classifier's outputs fit the images, the labels and the attack's losses."""
@@ -309,154 +372,6 @@ class Cell:
                 f"preflight failed, nothing was run (--no-preflight runs anyway, and the table says so):\n{lines}"
             )
 
-    def _block(self, first: int, done: dict[int, dict], bar: tqdm, began: float) -> None:
-        """Attack and judge the images from position ``first`` on, and record those that weren't."""
-        s, started = self.settings, time.monotonic()
-        # a package's search depends on its whole block: so that raising n extends the run, a block is never cut short
-        last = min(first + BLOCK, len(self.data) if self.package else self.n)
-        x = self.data.images(slice(first, last)).to(self.device)
-        y = self.data.labels[first:last].to(self.device)
-        ids = self.data.ids[first:last]
-        tape = Tape(s.seed, "verdict" if self.view.foreknown else "attack", ids)
-        view = self.view(keep=self._keep(x, tape))
-        victim = Victim(
-            self.attacker, view, tape, rows=self.rows, stochastic=self.drawing, foreknown=self.view.foreknown
-        )
-        saved = time.monotonic()
-        state = self.folder.load_state(first)
-        if state is not None and len(state["broken_at"]) != len(ids):
-            state = None  # stopped at another n: the block holds other images
-        if state is not None:
-            bar.update(int(state["done"]))
-
-        def watch(k: int, state: dict[str, Tensor]) -> None:
-            nonlocal saved
-            bar.update(1)
-            over = s.stop_after is not None and time.monotonic() - began > s.stop_after
-            if over or time.monotonic() - saved > SAVE_EVERY:
-                self.folder.save_state(first, state)
-                saved = time.monotonic()
-            if over:
-                raise Incomplete
-
-        try:
-            found = self.attack.perturb(x, y, victim, self.threat, state=state, watch=watch)
-        except AttackError as error:
-            raise RunError(f"{self}: {error}") from error
-        version, select = self._chosen(found.candidates, y, ids)
-        x_adv, distance = (
-            of[version, torch.arange(len(y), device=y.device)] for of in (found.candidates, found.distances)
-        )
-        logits = {
-            "select": select,
-            "clean": self._at_x(x, ids, "clean", self.draws),
-            "adv": self._draws(x_adv, ids, "verdict", self.draws),
-            "random": self._draws(x, ids, "random", self.draws, control=True),
-        }
-        null = self._null(x, y, ids)
-        predicted = {k: _classes(v) for k, v in logits.items()}
-        package_null, flips = self._package_null(x, y, ids), self._flips(x_adv, x, ids)
-        extra = 3 * self.draws + (len(found.candidates) + 1) * self.select
-        records = [
-            {
-                "id": int(ids[i]),
-                "label": int(y[i]),
-                **{k: predicted[k][i].tolist() for k in ("clean", "adv", "select", "random")},
-                "distance": float(distance[i]),
-                "broken_at": int(found.broken_at[i]),
-                "null_wrong": int(null[i]),
-                "fallback": bool(distance[i] == 0),
-                "package_verdict": None if found.package_correct is None else bool(found.package_correct[i]),
-                "package_null": None if package_null is None else bool(package_null[i]),
-                "code_flips": None if flips is None else float(flips[i]),
-                "forwards": found.forwards + extra + self.distinct,
-                "backwards": found.backwards,
-            }
-            for i in range(len(ids))
-        ]
-        new = [i for i in range(min(last, self.n) - first) if int(ids[i]) not in done]
-        self.folder.write(
-            [first + i for i in new], [records[i] for i in new], x_adv.cpu().numpy()[new],
-            {k: v.cpu().numpy()[new] for k, v in logits.items()},
-        )  # fmt: skip
-        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
-        self.folder.note_time(
-            {"first": first, "images": len(new), "seconds": time.monotonic() - started, "peak_bytes": peak}
-        )
-
-    def _keep(self, x: Tensor, tape: Tape) -> int | None:
-        """How many stages' graphs fit into memory, found out once."""
-        if not hasattr(self, "_kept"):
-            budget = torch.cuda.mem_get_info()[0] // 2 if self.device.type == "cuda" else GRAPH_BUDGET
-            self._kept = affordable(self.attacker.purifier, x[:1], tape[:1], self.rows, budget)
-        return self._kept
-
-    def _chosen(self, candidates: Tensor, y: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Per image the number of the candidate with the fewest correct ``select`` draws, and logits of further draws.
-
-        The draws that chose would flatter the chosen; attacks are compared by draws that chose nothing yet. An attacker
-        who knows the draws that judge chooses by those.
-        """
-        if self.view.foreknown:
-            logits = [self._draws(c, ids, "verdict", self.draws) for c in candidates]
-        else:
-            logits = [self._draws(c, ids, "select", self.select, "candidate", v) for v, c in enumerate(candidates)]
-        correct = (_classes(torch.stack(logits)) == y[:, None]).sum(-1)
-        version = correct.argmin(0)
-        return version, self._draws(
-            candidates[version, torch.arange(len(y), device=y.device)], ids, "select", self.select
-        )
-
-    def judged(self, candidates: Tensor, y: Tensor, ids: Tensor, draws: int) -> np.ndarray:
-        """The share of correct ``select`` draws per image, of the candidate that other draws found the strongest."""
-        version, _ = self._chosen(candidates, y, ids)
-        chosen = candidates[version, torch.arange(len(y), device=y.device)]
-        return (
-            (_classes(self._draws(chosen, ids, "select", draws, "judge")) == y[:, None]).double().mean(1).cpu().numpy()
-        )
-
-    def _draws(self, x: Tensor, ids: Tensor, role: str, count: int, *site: str | int, control: bool = False) -> Tensor:
-        """Logits of ``count`` keyed draws per image, shape (B, count, K), if asked each under a random perturbation."""
-        tape = Tape(self.settings.seed, role, ids).fold(*site)
-        parts = []
-        with torch.no_grad():
-            for inputs, noise, real in blocks(self.rows, (x,), tape, count):
-                inputs = self.threat.control(inputs, noise) if control else inputs
-                parts.append(self.defense(inputs, noise)[:real])
-        return torch.cat(parts).unflatten(0, (-1, count))
-
-    def _at_x(self, x: Tensor, ids: Tensor, role: str, count: int) -> Tensor:
-        """``_draws`` at x itself: keyed noise makes them the same in every cell of a defense, so they are kept."""
-        kept = AT_X.setdefault(self.defense, {})
-        key = (self.identity.fingerprint, self.settings.seed, self.rows, role, tuple(ids.tolist()))
-        if key not in kept or kept[key].shape[1] < count:
-            kept[key] = self._draws(x, ids, role, count)
-        return kept[key][:, :count]
-
-    def _null(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
-        """Of as many different draws as the attack sees in its loop, how many are wrong at x itself."""
-        if self.distinct == 0:
-            return torch.zeros(len(x), dtype=torch.long)
-        predicted = _classes(self._at_x(x, ids, "null", self.distinct))
-        return (predicted != y[:, None]).sum(1)
-
-    def _flips(self, x_adv: Tensor, x: Tensor, ids: Tensor) -> Tensor | None:
-        """The share of an image's discrete codes that the attack changed, under one verdict draw."""
-        purifier = self.defense.purifier
-        if not isinstance(purifier, Purifier) or type(purifier).codes is Purifier.codes:
-            return None  # no codebook
-        noise = Tape(self.settings.seed, "verdict", ids).fold("round", 0)
-        with torch.no_grad():
-            before, after = (purifier.codes(purifier.start(z, noise)[0]) for z in (x, x_adv))
-        return None if before is None or after is None else before.ne(after).flatten(1).double().mean(1)
-
-    def _package_null(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor | None:
-        """The package's own verdict, were x never moved: its rule, single draws all right, played on ``null`` draws."""
-        looks = self.attack.looks(self.drawing)
-        if not (self.stochastic and looks):
-            return None
-        return (_classes(self._at_x(x, ids, "null", looks)) == y[:, None]).all(1)
-
 
 def _from_tensors(images: Tensor, labels: Tensor) -> data.Dataset:
     """The caller's own images and labels."""
@@ -467,6 +382,8 @@ def _from_tensors(images: Tensor, labels: Tensor) -> data.Dataset:
     return data.Dataset("tensors", images, labels.long(), torch.arange(len(labels)), digest, form)
 
 
-def _classes(logits: Tensor) -> Tensor:
-    """Predicted classes; -1 where a row isn't finite."""
-    return torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
+def _networks(defense: Defense) -> list[nn.Module]:
+    """What is compiled: the classifier, and the networks of the purifier; its own steps stay as they are."""
+    purifier = defense.purifier
+    parts = list(purifier.children()) if isinstance(purifier, Purifier) else [purifier]
+    return [*parts, defense.classifier]

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attacks import NORMS, VIEWS, Attack, AttackError, Victim
-from attacks._gradient import blocks, margin
+from attacks import NORMS, VIEWS, Attack, AttackError, Calls, Victim
+from attacks._calls import Request
+from attacks._gradient import ce, margin
 from attacks._views import Exact
 from benchmark import checkpoints, config, defenses, registry
 from benchmark.checkpoints import Need
@@ -185,7 +186,9 @@ class Noisy(Purifier):
 
 
 def _victim(defense: Defense, n: int, stochastic: bool, rows: slice = slice(None)) -> Victim:
-    return Victim(defense, VIEWS["exact"](), Tape(0, "attack", torch.arange(n)[rows]), rows=ROWS, stochastic=stochastic)
+    return Victim(
+        defense, VIEWS["exact"](), Tape(0, "attack", torch.arange(n)[rows]), Calls(ROWS), stochastic=stochastic
+    )
 
 
 def _generators() -> list:
@@ -196,11 +199,8 @@ def _floor(defense: Defense, images: Dataset, classifier: str | None) -> Check:
     """What mean, majority and worst of 9 draws read when nothing is perturbed: no attack is behind such a loss."""
     n, draws = min(16, len(images)), 9 if defense.stochastic else 1
     x, y, ids = images.images(slice(0, n)), images.labels[:n], images.ids[:n]
-    right = []
-    with torch.no_grad():
-        for inputs, labels, noise, real in blocks(ROWS, (x, y), Tape(0, "clean", ids), draws):
-            right.append((defense(inputs, noise).argmax(1) == labels)[:real])
-    share = torch.cat(right).unflatten(0, (n, draws)).double().mean(1)
+    logits = Calls(ROWS).ask(Request(defense, None, x, Tape(0, "clean", ids), draws)).logits
+    share = (logits.argmax(1) == y.repeat_interleave(draws)).unflatten(0, (n, draws)).double().mean(1)
     mean, majority, worst = (
         float(share.mean()),
         float((share > 0.5).double().mean()),
@@ -218,9 +218,8 @@ def _cost(defense: Defense, images: Dataset) -> list[Check]:
     """What runs would cost on this machine, from one timed gradient of 32 rows."""
     x = images.images(torch.arange(ROWS) % len(images))
     tape = Tape(0, "attack", torch.arange(ROWS))
-    victim = Victim(defense, Exact(keep=1), tape, rows=ROWS, stochastic=defense.stochastic)
+    victim = Victim(defense, Exact(keep=1), tape, Calls(ROWS), stochastic=defense.stochastic)
     y = images.labels[torch.arange(ROWS) % len(images)]
-    from attacks._gradient import ce
 
     began = time.perf_counter()
     victim.evaluate(x, y, ce, "cost", eot=1)

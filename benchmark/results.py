@@ -22,7 +22,7 @@ from benchmark.errors import RunError, UsageError
 PACKAGES = ("torch", "diffusers", "pyautoattack", "numpy", "scipy")
 
 
-def environment(device: str, rows: int) -> dict[str, Any]:
+def environment(device: str, **choices: bool) -> dict[str, Any]:
     """What a run was made with and on: recorded, not hashed."""
     versions = {}
     for package in PACKAGES:
@@ -37,7 +37,7 @@ def environment(device: str, rows: int) -> dict[str, Any]:
         "device": device,
         "device_name": name,
         "threads": torch.get_num_threads(),
-        "rows": rows,
+        **{name: True for name, chosen in choices.items() if chosen},
         "engine": "local",
         "commit": _commit(),
     }
@@ -61,8 +61,9 @@ class Run:
         self.folder = out / slug(identity.dataset) / slug(names["purifier"]) / folder
         self.settings = settings | {"identity": asdict(identity), "names": names, "mixed_environment": False}
 
-    def open(self, n: int, shape: tuple[int, int, int], *, mixed_environment: bool = False) -> None:
+    def open(self, n: int, shape: tuple[int, int, int], *, rows: int, mixed_environment: bool = False) -> None:
         """Create the folder, or check that it holds this very run, and make room for n examples."""
+        self.settings["environment"]["rows"] = rows
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self.check_identity()
@@ -106,19 +107,34 @@ class Run:
         with writing(self.folder), (self.folder / "timing.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def save_state(self, first: int, state: dict[str, torch.Tensor]) -> None:
-        """An attack under way on the block that starts at position ``first``."""
+    def save_state(self, lanes: list[dict[str, Any]]) -> None:
+        """The searches under way: the positions of each one's images, and its state."""
         with writing(self.folder):
-            torch.save(state | {"first": torch.tensor(first)}, self.folder / "state.new")
+            torch.save({"lanes": lanes}, self.folder / "state.new")
             (self.folder / "state.new").replace(self.folder / "state.pt")
 
-    def load_state(self, first: int) -> dict[str, torch.Tensor] | None:
-        """The saved state of that block, if it is of it."""
+    def load_state(self) -> list[dict[str, Any]]:
+        """The searches that were under way."""
         path = self.folder / "state.pt"
         if not path.exists():
+            return []
+        return torch.load(path, weights_only=True).get("lanes", [])
+
+    def begun_rows(self) -> int | None:
+        """The row count with which the run was begun; None if nothing was."""
+        path = self.folder / "run.json"
+        if not path.exists() or not (self.done() or (self.folder / "state.pt").exists()):
             return None
-        state = torch.load(path, weights_only=True)
-        return state if int(state.pop("first")) == first else None
+        return json.loads(path.read_text())["environment"]["rows"]
+
+    def halved(self, rows: int) -> None:
+        """Memory ran out: forget what was under way, and note the new row count beside the one it began with."""
+        with writing(self.folder):
+            (self.folder / "state.pt").unlink(missing_ok=True)
+            self.settings.setdefault("halved_to", []).append(rows)
+            self.settings["environment"]["rows"] = rows
+            found = json.loads((self.folder / "run.json").read_text())
+            replace(self.folder / "run.json", json.dumps(found | self.settings, indent=2, sort_keys=True) + "\n")
 
     def finish(self) -> Path:
         """Turn the journal, sorted, into ``records.jsonl`` and gather the logits; both renamed into place."""

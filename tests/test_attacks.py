@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from attacks import NORMS, VIEWS, Attack, AttackError, NotApplicable, Victim
+from attacks import NORMS, VIEWS, Attack, AttackError, Calls, NotApplicable, Victim
 from benchmark import registry
 from purifiers import Defense, Tape
 from tests.conftest import SHAPE, Linear, classifier, images, undefended
@@ -68,7 +68,7 @@ def generators() -> list[list[int]]:
 
 def victim_of(defense: Defense, ids: torch.Tensor, stochastic: bool | None = None) -> Victim:
     stochastic = defense.stochastic if stochastic is None else stochastic
-    return Victim(defense, VIEWS["exact"](), Tape(0, "attack", ids), rows=32, stochastic=stochastic)
+    return Victim(defense, VIEWS["exact"](), Tape(0, "attack", ids), Calls(32), stochastic=stochastic)
 
 
 def linear(classes: int = 10) -> Linear:

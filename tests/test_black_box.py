@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from attacks import NORMS, VIEWS, Victim
+from attacks import NORMS, VIEWS, Calls, Victim
 from attacks._gradient import margin
 from attacks.lf import LF
 from attacks.pgd import PGD
@@ -23,7 +23,7 @@ N = 32
 
 def victim_of(defense: Defense, n: int = N, stochastic: bool | None = None) -> Victim:
     stochastic = defense.stochastic if stochastic is None else stochastic
-    return Victim(defense, VIEWS["exact"](), Tape(0, "attack", torch.arange(n)), rows=32, stochastic=stochastic)
+    return Victim(defense, VIEWS["exact"](), Tape(0, "attack", torch.arange(n)), Calls(32), stochastic=stochastic)
 
 
 class Noisy(Purifier):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 
 import pytest
 import torch
 
-from attacks import LOSSES, VIEWS, NotApplicable, Victim
-from attacks._gradient import blocks, ce, dlr, margin
-from attacks._views import BPDA, Blind, Exact, affordable, stages
+from attacks import LOSSES, VIEWS, Calls, NotApplicable, Victim
+from attacks._gradient import ce, dlr, margin
+from attacks._recompute import footprint
+from attacks._views import BPDA, Blind, Exact, stages
 from benchmark.preflight import finite_difference_error
 from purifiers import Defense, Tape
 from purifiers.diffpure import DiffPure
@@ -30,14 +32,27 @@ def gradient(function, x: torch.Tensor = X) -> torch.Tensor:
 
 
 @every_purifier
-def test_the_recomputed_gradient_is_the_plain_one_bit_for_bit(case, make):
+def test_the_gradient_is_the_plain_one_and_what_is_kept_changes_no_bit_of_it(case, make):
     defense = Defense(smooth(make(case)), classifier())
     plain = gradient(lambda x: ce(defense(x, tape()), Y))
     assert plain.isfinite().all() and (plain.flatten(1).norm(dim=1) > 0).all()
-    for keep in (0, 1, None):
+    kept = gradient(lambda x: ce(defense(x, tape(), Exact()), Y))
+    assert torch.allclose(kept, plain, rtol=1e-12, atol=1e-14), "up to the order in which the stages' parts are summed"
+    for keep in (0, 1, 2):
         view = Exact(keep=keep)
-        assert torch.equal(gradient(lambda x, view=view: ce(defense(x, tape(), view), Y)), plain), keep
+        assert torch.equal(gradient(lambda x, view=view: ce(defense(x, tape(), view), Y)), kept), keep
         assert torch.equal(defense(X, tape(), view), defense(X, tape()))
+
+
+@every_purifier
+def test_a_graph_that_is_retained_gives_its_gradient_twice(case, make):
+    """As packages ask for it, which differentiate several logits of one pass."""
+    defense = Defense(smooth(make(case)), classifier())
+    for keep in (0, None):
+        x = X.clone().requires_grad_()
+        logits = defense(x, tape(), Exact(keep))
+        first, second = (torch.autograd.grad(logits[:, 0].sum(), x, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second) and first.any()
 
 
 @every_purifier
@@ -64,17 +79,18 @@ def test_recomputing_stores_less(make):
     """Kept graphs hold every activation; recomputed stages only their inputs."""
     purifier = make(("diffpure", {}))
 
+    class Held:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            alive.add(self)
+
+    alive: weakref.WeakSet = weakref.WeakSet()
+
     def stored(view) -> int:
-        size = 0
-
-        def note(tensor):
-            nonlocal size
-            size += tensor.numel()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-            view(purifier, X.clone().requires_grad_(), tape())
-        return size
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+            purified = view(purifier, X.clone().requires_grad_(), tape())
+        assert purified.requires_grad
+        return sum(held.tensor.numel() for held in alive)
 
     assert stored(Exact(keep=0)) < 0.05 * stored(Exact(keep=None))
     assert stored(Exact(keep=0)) < stored(Exact(keep=2)) < stored(Exact(keep=None))
@@ -84,17 +100,22 @@ def test_recomputing_stores_less(make):
 def test_affordable_stages_follow_the_budget(case, make):
     purifier = make(case).requires_grad_(False)
 
-    def keep(budget: int) -> int | None:
-        return affordable(purifier, X[:1], tape(1), 32, budget)
+    found = footprint(purifier, X[:1], tape(1))
+    assert len(found.graphs) == stages(purifier) and found.inputs > 0
 
-    assert keep(1 << 40) is None
+    def keep(budget: int) -> int | None:
+        return found.keep(32, budget)
+
+    assert keep(1 << 40) is None and found.rows(128, 1 << 40) == 128
     if keep(0) is None:  # nothing is stored at all
         assert case[0] in ("identity", "bitdepth")
         return
-    budgets = [keep(1 << bits) for bits in range(8, 40, 4)]
+    budgets = [keep(1 << bits) for bits in range(8, 40, 2)]
     measured = [k for k in budgets if k is not None]
     assert keep(0) == 0 and measured == sorted(measured) and measured[-1] < stages(purifier)
     assert budgets[len(measured) :] == [None] * (len(budgets) - len(measured))
+    rows = [found.rows(128, 1 << bits) for bits in range(8, 40, 2)]
+    assert rows[0] == 0 and rows[-1] == 128 and rows == sorted(rows) and not any(r % 32 for r in rows)
 
 
 @every_purifier
@@ -144,7 +165,7 @@ def test_a_foreign_module_can_stand_for_a_purifier_where_the_view_asks_nothing_o
 @pytest.mark.parametrize("eot", [1, 3])
 def test_eot_is_the_mean_over_separate_draws(case, eot, make):
     defense = Defense(smooth(make(case)), classifier())
-    victim = Victim(defense, Exact(), tape(), rows=32, stochastic=True)
+    victim = Victim(defense, Exact(), tape(), Calls(32), stochastic=True)
     found = victim.evaluate(X, Y, ce, "it", 4, eot=eot)
     losses, corrects, gradients = [], [], []
     for draw in range(eot):
@@ -165,7 +186,7 @@ def test_neither_rows_nor_neighbours_change_a_gradient(case, make):
 
     def evaluate(rows: int, images_of: slice):
         index = torch.arange(40)[images_of]
-        victim = Victim(defense, Exact(), Tape(0, "attack", index), rows=rows, stochastic=True)
+        victim = Victim(defense, Exact(), Tape(0, "attack", index), Calls(rows), stochastic=True)
         return victim.evaluate(images(40)[images_of], index % 10, ce, 0, eot=2)
 
     whole = evaluate(32, slice(0, 40))
@@ -174,22 +195,10 @@ def test_neither_rows_nor_neighbours_change_a_gradient(case, make):
             assert torch.allclose(got, expected[part], rtol=0, atol=1e-12)
 
 
-def test_blocks_have_one_size_and_cover_every_row_once():
-    for draws in (1, 3):
-        pieces = list(blocks(32, (X.expand(-1, -1, -1, -1)[:3], Y), tape(), draws))
-        rows = torch.cat([x[:count] for x, _, _, count in pieces])
-        assert torch.equal(rows, X.repeat_interleave(draws, 0))
-        assert all(len(x) == len(y) == len(noise) == 32 for x, y, noise, _ in pieces)
-        ids = torch.cat([noise.ids[:count] for _, _, noise, count in pieces])
-        assert torch.equal(ids, Y.repeat_interleave(draws))
-    sizes = [count for *_, count in blocks(32, (images(70), torch.zeros(70, dtype=torch.long)), None)]
-    assert sizes == [32, 32, 6]
-
-
 def test_the_attack_leaves_the_defense_as_it_was(make):
     defense = Defense(make(("diffpure", {})), classifier())
     before = {k: v.clone() for k, v in defense.state_dict().items()}
-    Victim(defense, Exact(0), tape(), rows=32, stochastic=True).evaluate(X, Y, ce, 0, eot=2)
+    Victim(defense, Exact(0), tape(), Calls(32), stochastic=True).evaluate(X, Y, ce, 0, eot=2)
     assert all(torch.equal(v, before[k]) for k, v in defense.state_dict().items())
     assert all(p.grad is None and not p.requires_grad for p in defense.parameters())
     assert not any(module.training for module in defense.modules())
@@ -224,7 +233,7 @@ def test_a_row_that_is_not_finite_counts_as_wrong():
     x = X.clone()
     x[:, 0, 0, 0] = torch.tensor([0.9, 0.1, 0.1])
     labels = x.flatten(1)[:, :10].argmax(1)
-    victim = Victim(Defense(torch.nn.Identity(), Broken()), Exact(), tape(), rows=32, stochastic=False)
+    victim = Victim(Defense(torch.nn.Identity(), Broken()), Exact(), tape(), Calls(32), stochastic=False)
     assert victim.evaluate(x, labels, ce, 0, eot=1).correct.tolist() == [0.0, 1.0, 1.0]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from attacks import NORMS, VIEWS, NotApplicable, Victim
+from attacks import NORMS, VIEWS, Calls, NotApplicable, Victim
 from attacks._gradient import ce
 from attacks.diffattack import DiffAttack
 from attacks.encoder import Encoder
@@ -20,7 +20,7 @@ N = 3
 
 
 def victim_of(defense: Defense) -> Victim:
-    return Victim(defense, VIEWS["exact"](keep=1), Tape(0, "attack", torch.arange(N)), rows=N, stochastic=True)
+    return Victim(defense, VIEWS["exact"](keep=1), Tape(0, "attack", torch.arange(N)), Calls(N), stochastic=True)
 
 
 def deviation(purifier, x: torch.Tensor, tape: Tape) -> torch.Tensor:

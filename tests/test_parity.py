@@ -17,7 +17,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from attacks import NORMS, VIEWS, Attack, Found, ThreatModel, Victim
+from attacks import NORMS, VIEWS, Attack, Calls, Found, ThreatModel, Victim
 from attacks._autopgd import AutoPGD as APGD
 from attacks.pgd import PGD
 from benchmark import checkpoints, data, registry
@@ -483,7 +483,7 @@ def test_eot_on_a_deterministic_network_changes_nothing(net, default_float64):
     found = [
         registry.load("attacks", "apgd")(steps=20, eot=eot).perturb(
             x, y,
-            Victim(undefended(net), VIEWS["exact"](), Tape(0, "attack", torch.arange(8)), rows=32, stochastic=True),
+            Victim(undefended(net), VIEWS["exact"](), Tape(0, "attack", torch.arange(8)), Calls(32), stochastic=True),
             threat,
         ).candidates
         for eot in (1, 2)

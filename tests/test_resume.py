@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmark import cell, evaluate, report, results, writers
+from benchmark import engine, evaluate, report, results, writers
 from benchmark.cell import Incomplete
 from benchmark.errors import RunError, UsageError
 from classifiers.resnet import ResNet
@@ -77,8 +77,8 @@ def test_stopped_in_every_iteration_and_continued_changes_no_byte(tmp_path, run,
         except Incomplete:
             stops += 1
             assert stops < 50, "no progress between stops"
-            saved = torch.load(folder_of(tmp_path / "stopped") / "state.pt", weights_only=True)
-            assert int(saved["done"]) == stops
+            (lane,) = torch.load(folder_of(tmp_path / "stopped") / "state.pt", weights_only=True)["lanes"]
+            assert lane["positions"].tolist() == list(range(8)) and int(lane["state"]["done"]) == stops
     assert stops == {NATIVE[0]: 4, NATIVE[1]: 6, NATIVE[2]: 4}[attack], "one iteration was done between two stops"
     assert not (folder / "state.pt").exists()
     assert outcome(folder) == outcome(run("at once", attack))
@@ -109,12 +109,12 @@ def test_a_state_is_saved_at_its_interval(tmp_path, run, monkeypatch):
     """Without any stop: what a kill would leave behind."""
     saved = []
     keep = results.Run.save_state
-    monkeypatch.setattr(results.Run, "save_state", lambda self, *a: (saved.append(a[0]), keep(self, *a))[1])
+    monkeypatch.setattr(results.Run, "save_state", lambda self, lanes: (saved.append(len(lanes)), keep(self, lanes))[1])
     run("never")
     assert saved == []
-    monkeypatch.setattr(cell, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(engine, "SAVE_EVERY", 0.0)
     run("always")
-    assert saved == [0] * 4
+    assert saved == [1] * 4
 
 
 # --- torn, and full

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torchattacks
 
-from attacks import NORMS, VIEWS, Victim
+from attacks import NORMS, VIEWS, Calls, Victim
 from attacks._gradient import margin
 from attacks.torchattacks import TorchAttacks
 from benchmark import cli, evaluate, registry
@@ -33,7 +33,7 @@ def runs_here(name: str) -> bool:
 
 def victim(defense: Defense, n: int) -> Victim:
     tape = Tape(0, "attack", torch.arange(n))
-    return Victim(defense, VIEWS["exact"](), tape, rows=32, stochastic=defense.stochastic)
+    return Victim(defense, VIEWS["exact"](), tape, Calls(32), stochastic=defense.stochastic)
 
 
 def test_what_is_refused_and_why():

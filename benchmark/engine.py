@@ -1,0 +1,171 @@
+"""The loop behind every number: searches under way, several at a time, saved, judged and recorded as they end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from attacks import PRECISIONS, AttackError, Batcher, Victim
+from attacks._calls import Search
+from benchmark.errors import RunError
+from benchmark.verdict import Judge, Judged
+from purifiers import Tape
+
+if TYPE_CHECKING:
+    from benchmark.cell import Cell
+
+BLOCK = 32
+"""Images of one search, and the unit in which a third-party attack runs and resumes."""
+SAVE_EVERY = 120.0
+"""Seconds between saves of the searches under way."""
+
+
+class Incomplete(Exception):
+    """Stopped on request before the end; the same command continues (exit code 75)."""
+
+
+class Engine:
+    """Runs a cell on this machine.
+
+    Images are searched in groups. While one group waits for its evaluation others go on, so that every call is full
+    until the last images: continuous batching. An attack that retires images searches each by itself, so that the next
+    takes the place of one that left. A package's attack gets aligned groups, one after another, as do modules whose
+    noise depends on their neighbours.
+    """
+
+    def __init__(self, cell: Cell):
+        self.cell, self.began = cell, time.monotonic()
+        self.calls = Batcher(cell.rows, PRECISIONS[cell.settings.precision]())
+        self.judge = Judge(cell, self.calls)
+        self.view = cell.view(keep=cell.keep)
+        self.done: dict[int, dict[str, Any]] = {}
+        self.under_way: dict[int, dict[str, Any]] = {}
+        self.saved = self.noted = self.began
+        self.counted = self.calls.count
+
+    def run(self, began: float) -> None:
+        """Search and judge every image that isn't recorded yet.
+
+        Raises:
+            Incomplete: if the time is over; what is under way is saved.
+            RunError: if the attack leaves its threat model.
+        """
+        cell, self.began = self.cell, began
+        self.done = cell.folder.done()
+        length = cell.attack.length(cell.drawing)
+        todo = sum(int(i) not in self.done for i in cell.data.ids[: cell.n])
+        with tqdm(
+            total=todo * length, unit="it", disable=cell.settings.quiet, desc=cell.names["display"], smoothing=0.1,
+            mininterval=0.5 if sys.stderr.isatty() else 20,
+        ) as self.bar:  # fmt: skip
+            for positions, judged in self.calls.run(self._searches(), self._capacity()):
+                self._record(positions, judged)
+
+    def _capacity(self) -> int:
+        """How many images are searched at a time: enough to fill two calls, or one group where groups don't mix."""
+        if not self.cell.mixes:
+            return BLOCK
+        draws = self.cell.attack.eot if hasattr(self.cell.attack, "eot") else 1
+        return max(2 * BLOCK, -(-2 * self.cell.rows // draws))
+
+    def _searches(self) -> Iterator[Search]:
+        """What is left to search: what was under way first, then the others in order."""
+        taken: set[int] = set()
+        for lane in self.cell.folder.load_state():
+            positions = lane["positions"].tolist()
+            if self._wanted(positions):
+                taken |= set(positions)
+                self.bar.update(len(positions) * int(lane["state"]["done"]))
+                yield self._search(positions, lane["state"])
+        for positions in self._groups(taken):
+            yield self._search(positions, None)
+
+    def _wanted(self, positions: list[int]) -> bool:
+        """Whether a search that was under way is one of this run's, which may be of another n than that one's."""
+        ids = self.cell.data.ids
+        if self.cell.package:
+            return positions == self._aligned(positions[0])
+        return all(p < self.cell.n and int(ids[p]) not in self.done for p in positions)
+
+    def _groups(self, taken: set[int]) -> Iterator[list[int]]:
+        left = [p for p in range(self.cell.n) if int(self.cell.data.ids[p]) not in self.done and p not in taken]
+        if self.cell.package:
+            yield from (self._aligned(first) for first in sorted({p // BLOCK * BLOCK for p in left}))
+            return
+        size = 1 if self.cell.attack.retire else BLOCK
+        if self.cell.mixes:
+            yield from (left[k : k + size] for k in range(0, len(left), size))
+            return
+        for first in sorted({p // BLOCK * BLOCK for p in left}):
+            yield [p for p in left if first <= p < first + BLOCK]
+
+    def _aligned(self, first: int) -> list[int]:
+        """A package's search depends on its whole group: so that raising n extends the run, none is cut short."""
+        return list(range(first, min(first + BLOCK, len(self.cell.data))))
+
+    def _search(self, positions: list[int], state: dict[str, Tensor] | None) -> Search:
+        cell, first = self.cell, positions[0]
+        rows = torch.tensor(positions)
+        lane: dict[str, Any] = {"positions": rows, "state": state}
+
+        def watch(k: int, state: dict[str, Tensor]) -> None:
+            self.bar.update(len(positions))
+            lane["state"] = state
+            self.under_way[first] = lane
+            self._pause()
+
+        def work() -> tuple[list[int], Judged]:
+            x, y = cell.data.images(rows).to(cell.device), cell.data.labels[rows].to(cell.device)
+            ids = cell.data.ids[rows]
+            if state is not None:
+                self.under_way[first] = lane
+            tape = Tape(cell.settings.seed, "verdict" if cell.view.foreknown else "attack", ids).to(cell.device)
+            victim = Victim(
+                cell.attacker, self.view, tape, self.calls, stochastic=cell.drawing, foreknown=cell.view.foreknown
+            )
+            try:
+                found = cell.attack.perturb(x, y, victim, cell.threat, state=state, watch=watch)
+            except AttackError as error:
+                raise RunError(f"{cell}: {error}") from error
+            return positions, self.judge.verdict(found, x, y, ids)
+
+        return Search(work, len(positions))
+
+    def _pause(self) -> None:
+        """Save what is under way when it is time, and stop when the time is over."""
+        now, stop_after = time.monotonic(), self.cell.settings.stop_after
+        over = stop_after is not None and now - self.began > stop_after
+        if over or now - self.saved > SAVE_EVERY:
+            self.cell.folder.save_state(list(self.under_way.values()))
+            self.saved = now
+        if over:
+            raise Incomplete
+
+    def _record(self, positions: list[int], judged: Judged) -> None:
+        """Write what ended, and how long it took."""
+        cell, now = self.cell, time.monotonic()
+        self.under_way.pop(positions[0], None)
+        new = [k for k, p in enumerate(positions) if p < cell.n and int(cell.data.ids[p]) not in self.done]
+        cell.folder.write(
+            [positions[k] for k in new], [judged.records[k] for k in new], judged.x_adv.cpu().numpy()[new],
+            {name: logits.cpu().numpy()[new] for name, logits in judged.logits.items()},
+        )  # fmt: skip
+        self.done.update((judged.records[k]["id"], judged.records[k]) for k in new)
+        count = self.calls.count - self.counted
+        cell.folder.note_time(
+            {
+                "first": positions[0], "images": len(new), "seconds": now - self.noted, **count._asdict(),
+                "batch": cell.rows, "keep": cell.keep,
+                "peak_bytes": torch.cuda.max_memory_allocated() if cell.device.type == "cuda" else 0,
+            }
+        )  # fmt: skip
+        self.noted, self.counted = now, self.calls.count
+        robust = np.mean([np.mean(np.array(r["adv"]) == r["label"]) for r in self.done.values()])
+        self.bar.set_postfix_str(f"robust {robust:.1%} of {len(self.done)}")
