@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from importlib.metadata import version
@@ -68,6 +68,8 @@ class Settings:
     out: str | Path = "results/run"
     data_dir: str | None = None
     weights: str | None = None
+    shelf: checkpoints.Shelf = field(default_factory=checkpoints.Shelf, repr=False)
+    """Where networks stand that several cells share."""
     offline: bool = False
     trust: bool = False
     """Load checkpoints that execute code."""
@@ -139,7 +141,7 @@ class Cell:
         if other:
             roots = (Path(s.weights),) if s.weights else ()
             need = checkpoints.Need(self.data.form, norm, roots, s.offline, s.trust)
-            g = checkpoints.build("purifiers", other, need)
+            g = s.shelf.build("purifiers", other, need)
             self.attacker = Defense(
                 g.module, defense.classifier, copies=defense.copies, combine=defense.combine
             ).to(self.device)  # fmt: skip
@@ -252,14 +254,18 @@ class Cell:
             return self.settings.rows
         if (begun := self.folder.begun_rows()) is not None:
             return begun
-        found = self.footprint.rows(self.most_rows, memory.budget(self.device))
-        if found == 0:
+        if self.fitting == 0:
             need = (self.footprint.inputs + max(self.footprint.graphs)) * ROWS / 2**30
             raise UsageError(
                 f"{self}: the gradient of 32 rows needs {need:.1f} GiB even where every step is recomputed, and "
                 f"{memory.budget(self.device) / 2**30:.1f} GiB may be used here: take a device with more memory"
             )
-        return found
+        return self.fitting
+
+    @cached_property
+    def fitting(self) -> int:
+        """The most rows that fit into memory, up to ``most_rows``; 0 if not even 32 do."""
+        return self.footprint.rows(self.most_rows, memory.budget(self.device))
 
     @property
     def most_rows(self) -> int:

@@ -98,6 +98,31 @@ def _needs_weights(kind: str, name: str) -> bool:
     return component.parts.__func__ is not registry.base(kind).parts.__func__  # type: ignore[attr-defined]
 
 
+class Shelf:
+    """Components that were built, to be handed out again: the cells of a grid share their networks.
+
+    Beyond ``LIMIT`` bytes of weights those that were not asked for longest are forgotten.
+    """
+
+    LIMIT = 4 << 30
+
+    def __init__(self) -> None:
+        self.built: dict[tuple, Component] = {}
+
+    def build(self, kind: str, text: str, need: Need) -> Component:
+        """``build``, once."""
+        key = (kind, text, need)
+        found = self.built.pop(key, None) or build(kind, text, need)
+        self.built[key] = found
+        while len(self.built) > 1 and sum(map(_bytes, self.built.values())) > self.LIMIT:
+            del self.built[next(iter(self.built))]
+        return found
+
+
+def _bytes(component: Component) -> int:
+    return sum(p.numel() * p.element_size() for p in component.module.parameters())
+
+
 def build(kind: str, text: str | Spec, need: Need) -> Component:
     """The component of a spec, with the weights of its card or its zoo.
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import itertools
 import json
 import signal
 import sys
@@ -51,27 +49,38 @@ def _need(arguments: argparse.Namespace) -> Any:
     return Need(form, arguments.norm, roots, arguments.offline, arguments.trust_checkpoint)
 
 
-def _cells(arguments: argparse.Namespace) -> Iterator[Any]:
-    """The cells of a command line."""
-    from benchmark import registry
-    from benchmark.cell import Settings
-    from benchmark.defenses import grid
+def _settings(arguments: argparse.Namespace) -> Any:
+    """How a command line evaluates, apart from what."""
+    import torch
 
-    settings = Settings(
+    from benchmark.cell import Settings
+
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise UsageError(f"--threads {arguments.threads}: at least one is needed")
+        torch.set_num_threads(arguments.threads)
+    return Settings(
         budget=arguments.budget, n=arguments.n_examples, norm=arguments.norm,
         attacker=arguments.attacker, draws=arguments.draws, seed=arguments.seed, rows=arguments.batch_size,
         device=_device(arguments.device), out=arguments.out, data_dir=arguments.data_dir,
         weights=arguments.weights, offline=arguments.offline, trust=arguments.trust_checkpoint,
         preflight=not getattr(arguments, "no_preflight", False),
         mixed_environment=getattr(arguments, "mixed_environment", False),
-        stop_after=getattr(arguments, "stop_after", None),
+        stop_after=getattr(arguments, "stop_after", None), precision=arguments.precision, compile=arguments.compile,
+        channels_last=arguments.channels_last,
     )  # fmt: skip
+
+
+def _cells(arguments: argparse.Namespace, settings: Any = None) -> Iterator[Any]:
+    """The cells of a command line."""
+    from benchmark import registry
+    from benchmark.defenses import grid
+
     views = [view for item in registry.expand(arguments.view) for view in registry.split(item)]
-    for seed, view in itertools.product(_seeds(arguments), views):
-        yield from grid(
-            arguments.purifier, arguments.classifier, arguments.attack, arguments.dataset, arguments.eps or [None],
-            dataclasses.replace(settings, seed=seed, view=view), arguments.copies, arguments.combine,
-        )  # fmt: skip
+    return grid(
+        arguments.purifier, arguments.classifier, arguments.attack, arguments.dataset, arguments.eps or [None],
+        settings or _settings(arguments), arguments.copies, arguments.combine, _seeds(arguments), views,
+    )  # fmt: skip
 
 
 def _seeds(arguments: argparse.Namespace) -> list[int]:
@@ -90,13 +99,17 @@ def _run(arguments: argparse.Namespace) -> int:
     from benchmark.results import read_run
 
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-    for _ in _cells(arguments):  # a slip in the last spec shows now, not after the hours that the first cells take
-        pass
+    settings = _settings(arguments)
+    # a slip in the last spec shows now, not after the hours that the first cells take; so does what they will take
+    prices = {str(cell.folder.folder): _price(cell) for cell in _cells(arguments, settings)}
+    _agree(sum(p.hours for p in prices.values() if p), arguments)
     folders, unfit, failed, began = [], [], False, time.monotonic()
-    for cell in _cells(arguments):
+    for cell in _cells(arguments, settings):
         if arguments.stop_after is not None:
             cell.settings.stop_after = arguments.stop_after - (time.monotonic() - began)
         print(f"{cell}\n{cell.plan}", file=sys.stderr, flush=True)
+        if cost := prices[str(cell.folder.folder)]:
+            print(cost, file=sys.stderr, flush=True)
         try:
             folders.append(cell.run())
         except (NotApplicableError, RunError) as error:  # the other cells have their numbers
@@ -113,14 +126,56 @@ def _run(arguments: argparse.Namespace) -> int:
     return FAILED if failed else DONE
 
 
+def _price(cell: Any) -> Any:
+    """What a cell costs; None where nothing is left of it, or where it can't run, which shows when its turn comes."""
+    from benchmark.plan import price
+
+    try:
+        return price(cell) if cell.left() else None
+    except (NotApplicableError, UsageError, RunError, RuntimeError):
+        return None
+
+
+def _agree(hours: float, arguments: argparse.Namespace) -> None:
+    """Refuse to begin what takes longer than was agreed to."""
+    from benchmark.plan import duration
+
+    most = arguments.max_hours
+    if most is None:
+        most = 8.0 if _device(arguments.device) == "cpu" else float("inf")
+    if hours > most and not arguments.yes:
+        raise UsageError(
+            f"this takes about {duration(hours)} here, and --max-hours is {most:g}: nothing was run. --yes runs it "
+            "anyway (it can be stopped and continued); plan shows each cell; fewer --n-examples, a smaller --budget "
+            "or a GPU make it shorter"
+        )
+
+
 def _plan(arguments: argparse.Namespace) -> int:
-    cells = list(_cells(arguments))
+    from benchmark.plan import duration, price, total
+
+    if arguments.devices < 1:
+        raise UsageError(f"--devices {arguments.devices}: at least one is needed")
+    fields = ("n", "nfe", "forwards", "backwards", "passes", "upper_bound")
+    cells, prices = [], []
+    for cell in _cells(arguments):
+        try:
+            prices.append(price(cell))
+        except NotApplicableError as error:
+            cells.append({"cell": str(cell), "not_applicable": str(error)})
+            print(f"{error}", file=sys.stderr if arguments.json else sys.stdout)
+            continue
+        cells.append({"cell": str(cell)} | {f: getattr(cell.plan, f) for f in fields} | prices[-1]._asdict())
+        if not arguments.json:
+            print(f"{cell}\n{cell.plan}\n{prices[-1]}", flush=True)
+    whole = total(prices, arguments.devices)
     if arguments.json:
-        fields = ("n", "nfe", "forwards", "backwards", "passes", "upper_bound")
-        print(json.dumps([{"cell": str(c)} | {f: getattr(c.plan, f) for f in fields} for c in cells], indent=2))
+        print(json.dumps({"cells": cells} | whole, indent=2))
     else:
-        for cell in cells:
-            print(f"{cell}\n{cell.plan}")
+        print(
+            f"in all about {duration(whole['hours'])} on this device, {duration(whole['hours_on_devices'])} on "
+            f"{arguments.devices} such"
+        )
     return DONE
 
 

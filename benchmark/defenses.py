@@ -38,8 +38,11 @@ def load(
     with network(not offline):
         form = data.form(dataset, data_dir=data_dir, offline=offline) if isinstance(dataset, str) else dataset
         need = checkpoints.Need(form, norm, (Path(weights),) if weights else (), offline, trust)
-        g = checkpoints.build("purifiers", purifier, need)
-        f = checkpoints.build("classifiers", classifier, need)
+        return _made(checkpoints.Shelf(), purifier, classifier, need, copies, combine)
+
+
+def _made(shelf: checkpoints.Shelf, purifier: str, classifier: str, need: Any, copies: int, combine: str) -> Defense:
+    g, f = shelf.build("purifiers", purifier, need), shelf.build("classifiers", classifier, need)
     try:
         defense = Defense(g.module, f.module, copies=copies, combine=combine)
     except ValueError as error:
@@ -88,26 +91,25 @@ def grid(
     settings: Settings,
     copies: int = 1,
     combine: str = "logits",
+    seeds: Sequence[int] = (0,),
+    views: Sequence[str] = ("auto",),
 ) -> Iterator[Cell]:
-    """The cells of specs with lists, braces and ``all``; made one at a time, so that one defense is in memory."""
+    """The cells of specs with lists, braces and ``all``, a defense after the other; cells of one share its draws."""
     from benchmark.cell import Cell  # a cell describes its defense with this module
 
     pool = settings.examples(dataset)
-    roots = [Path(settings.weights)] if settings.weights else []
+    roots = (Path(settings.weights),) if settings.weights else ()
     lists = []
     for kind, text in (("purifiers", purifiers), ("classifiers", classifiers), ("attacks", attacks)):
         if text == "all":
             lists.append(_attacks(settings) if kind == "attacks" else checkpoints.names(kind, pool.family, roots))
         else:
             lists.append(list(dict.fromkeys(s for item in registry.expand(text) for s in registry.split(item))))
-    for p in lists[0]:
-        for c in lists[1]:
-            defense = load(
-                p, c, pool.form, copies=copies, combine=combine, norm=settings.norm or "Linf", weights=settings.weights,
-                offline=settings.offline, trust=settings.trust,
-            )  # fmt: skip
-            for eps, a in itertools.product(radii, lists[2]):
-                yield Cell(defense, pool, a, dataclasses.replace(settings, eps=eps))
+    need = checkpoints.Need(pool.form, settings.norm or "Linf", roots, settings.offline, settings.trust)
+    for p, c in itertools.product(*lists[:2]):
+        defense = _made(settings.shelf, p, c, need, copies, combine)
+        for seed, view, eps, attack in itertools.product(seeds, views, radii, lists[2]):
+            yield Cell(defense, pool, attack, dataclasses.replace(settings, eps=eps, seed=seed, view=view))
 
 
 def _attacks(settings: Settings) -> list[str]:

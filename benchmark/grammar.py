@@ -24,10 +24,15 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--stop-after", type=float, metavar="SECONDS", help="stop, save and exit with 75 after so long")
     run.add_argument("--no-preflight", action="store_true", help="skip the checks of the defense; the table says so")
     run.add_argument("--mixed-environment", action="store_true", help="continue a run begun in another environment")
+    run.add_argument(
+        "--max-hours", type=float, metavar="H", help="refuse what would take longer (8 on a CPU, no limit on a GPU)"
+    )
+    run.add_argument("--yes", action="store_true", help="run it however long it takes")
 
-    plan = _command(commands, "plan", "print what a run would cost, and run nothing")
+    plan = _command(commands, "plan", "print what a run would cost, from one timed batch, and run nothing")
     _what(plan)
-    plan.add_argument("--json", action="store_true", help="one object per cell, as a list")
+    plan.add_argument("--devices", type=int, default=4, metavar="N", help="state the hours on N such devices, too (4)")
+    plan.add_argument("--json", action="store_true", help="one object: the cells, and hours in all")
 
     status = _command(commands, "status", "how far the runs below some folders are")
     status.add_argument("paths", nargs="*", default=["results/run"], metavar="FOLDER")
@@ -174,6 +179,14 @@ def _what(sub: argparse.ArgumentParser) -> None:
     machine = sub.add_argument_group("machine and files")
     machine.add_argument("--batch-size", type=int, metavar="ROWS", help="rows of every network call, a multiple of 32")
     machine.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
+    machine.add_argument(
+        "--precision",
+        default="float32",
+        help="of the attacker's gradients: float32, float64, bf16 or tf32; verdicts are float32 (float32)",
+    )
+    machine.add_argument("--compile", action="store_true", help="compile the networks; pays off in long runs")
+    machine.add_argument("--channels-last", action="store_true", help="lay out weights with channels last")
+    machine.add_argument("--threads", type=int, metavar="N", help="threads of a CPU (torch's own choice)")
     _sources(machine)
     machine.add_argument("--out", default="results/run", metavar="FOLDER", help="root of the runs (results/run)")
 

@@ -81,7 +81,7 @@ def test_recomputing_stores_less(make):
 
     class Held:
         def __init__(self, tensor):
-            self.tensor = tensor
+            self.tensor = tensor.detach()  # not the tensor itself, whose graph would hold on to it
             alive.add(self)
 
     alive: weakref.WeakSet = weakref.WeakSet()
