@@ -317,7 +317,8 @@ class Cell:
                 defense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             if self.settings.compile:
                 for network in _networks(defense):
-                    network.compile(dynamic=False)
+                    if network._compiled_call_impl is None:
+                        network.compile(dynamic=False)
 
     def _halve(self, error: Exception) -> None:
         """Halve the rows after memory ran out; searches under way begin again, for bytes may depend on rows."""

@@ -499,6 +499,28 @@ def _train(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from benchmark import bench
+    from benchmark.config import slug
+    from benchmark.results import replace
+
+    measured = bench.Bench(
+        arguments.purifier, arguments.classifier, arguments.dataset, _device(arguments.device), arguments.batch_size,
+        arguments.repetitions,
+    ).run(compiled=arguments.compile)  # fmt: skip
+    document, text = json.dumps(measured, indent=2) + "\n", bench.render(measured)
+    if arguments.out:
+        e = measured["environment"]
+        stem = slug(e["device_name"] if e["device"].startswith("cuda") else f"{e['processor']}-{e['threads']}-threads")
+        folder = Path(arguments.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        replace(folder / f"{stem}.json", document)
+        replace(folder / f"{stem}.md", text)
+        print(f"{folder / stem}.json and .md", file=sys.stderr)
+    print(document if arguments.json else text, end="")
+    return DONE
+
+
 def _device(name: str) -> str:
     import torch
 
@@ -520,6 +542,7 @@ def _complain(message: object, code: int) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "audit": _audit,
+    "bench": _bench,
     "check": _check,
     "compare": _compare,
     "diagnose": _diagnose,

@@ -117,6 +117,17 @@ def parser() -> argparse.ArgumentParser:
     _files(fetch)
     fetch.add_argument("--list", action="store_true", help="fetch nothing; print address, path, size and sha256")
 
+    bench = _command(commands, "bench", "time gradients and attacks against their networks alone; a minute or two")
+    bench.add_argument("--purifier", default="diffpure", metavar="SPEC", help="with an option steps (diffpure)")
+    bench.add_argument("--classifier", default="resnet", metavar="SPEC", help="(resnet)")
+    bench.add_argument("--dataset", default="fashion-mnist", help="a data set's spec (fashion-mnist)")
+    bench.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
+    bench.add_argument("--batch-size", type=int, default=16, metavar="ROWS", help="held against the floors (16)")
+    bench.add_argument("--repetitions", type=int, default=3, metavar="N", help="of each measurement (3)")
+    bench.add_argument("--compile", action="store_true", help="time compiled networks, too; minutes more")
+    bench.add_argument("--out", metavar="FOLDER", help="write Markdown and JSON there, named after the device")
+    bench.add_argument("--json", action="store_true", help="one object")
+
     doctor = _command(commands, "doctor", "look for what is missing or broken, and say what mends it")
     doctor.add_argument("--out", default="results/run", metavar="FOLDER", help="where runs would go (results/run)")
     doctor.add_argument("--data-dir", metavar="FOLDER", help="where data sets lie")

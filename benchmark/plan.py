@@ -113,6 +113,7 @@ def price(cell: Cell) -> Price:
     x, y = cell.data.images(index).to(cell.device), cell.data.labels[index].to(cell.device)
     tape = Tape(cell.settings.seed, "preflight", cell.data.ids[index], torch.arange(rows) // len(cell.data))
     tape = tape.to(cell.device)
+    cell.prepare()
     calls = Calls(rows, PRECISIONS[cell.settings.precision]())
     forward = _seconds(calls, Request(cell.defense, None, x, tape, 1), cell.device)
     gradient = 0.0
