@@ -160,6 +160,7 @@ class Batcher(Calls):
         ahead = next(searches, None)
         ready: deque[tuple[greenlet, Any]] = deque()
         waiting: list[_Open] = []
+        mode = torch.is_grad_enabled()
         try:
             while True:
                 while ahead and (not self.lanes or sum(self.lanes.values()) + ahead.images <= capacity):
@@ -169,7 +170,8 @@ class Batcher(Calls):
                     ahead = next(searches, None)
                 if ready:
                     lane, given = ready.popleft()
-                    result = lane.switch(*given)
+                    with torch.set_grad_enabled(mode):  # a search may pause inside of a no_grad
+                        result = lane.switch(*given)
                     if lane.dead:
                         del self.lanes[lane]
                         yield result
@@ -182,7 +184,10 @@ class Batcher(Calls):
                 else:
                     return
         finally:
-            self.lanes.clear()
+            left, self.lanes = self.lanes, {}
+            for lane in left:
+                if lane:  # under way: it leaves by its own finally clauses
+                    lane.throw()
 
     def _next(self, waiting: list[_Open]) -> list[tuple[_Open, int]]:
         """The rows of the next call: of the kind that has waited longest among those that fill it, else of the fullest.

@@ -105,7 +105,7 @@ class VQVAE(Purifier):
         logs = self._log_prior(codes).flatten(1, 2)[torch.arange(len(site), device=site.device), site]
         u = noise.uniform("resample", k, like=logs).clamp(1e-7, 1 - 1e-7)
         drawn = (logs - torch.log(-torch.log(u))).argmax(1)
-        here = nn.functional.one_hot(site, codes[0].numel()).bool().view_as(codes)[:, None]
+        here = (torch.arange(codes[0].numel(), device=site.device) == site[:, None]).view_as(codes)[:, None]
         return torch.where(here, self.codec.embedding[drawn][..., None, None], state)
 
     def finish(self, state: Tensor, context: Sites) -> Images:

@@ -20,7 +20,9 @@ settings.load_profile("steady")
 install_import_hook("purifiers", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 from benchmark import registry  # noqa: E402
+from classifiers.resnet import ResNet  # noqa: E402
 from purifiers import Defense, Purifier, Tape  # noqa: E402
+from purifiers.diffpure import DiffPure  # noqa: E402
 
 SHAPE = (1, 8, 8)
 
@@ -116,6 +118,23 @@ def classifier(shape: tuple[int, int, int] = SHAPE, seed: int = 1) -> torch.nn.M
 def images(n: int, shape: tuple[int, int, int] = SHAPE, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """n fixed images, uniform in [0, 1)."""
     return Tape(11, "images", torch.arange(n)).uniform("pixels", like=torch.empty(n, *shape, dtype=dtype))
+
+
+@pytest.fixture(scope="session")
+def tiny_defense() -> Defense:
+    """Untrained tiny DiffPure and ResNet on 8×8 images; stochastic, and of real layers."""
+    torch.manual_seed(0)
+    classifier = ResNet(*ResNet.parts((1, 8, 8)).values())
+    with torch.no_grad():
+        classifier.net[-1].weight.mul_(30)
+    return Defense(DiffPure(*DiffPure.parts((1, 8, 8)).values(), t_star=0.3, steps=2, rule="eta"), classifier)
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tiny_defense) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.rand(80, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return x, tiny_defense(x, Tape(9, "labels", torch.arange(80))).argmax(1)
 
 
 class Linear(torch.nn.Module):
