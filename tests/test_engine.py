@@ -56,7 +56,8 @@ def test_how_images_are_grouped_changes_no_byte(tmp_path, monkeypatch, tiny_defe
 
 def test_every_call_but_the_last_is_full(tmp_path, tiny_defense, tiny_images):
     """Three draws of a group of 32 images fill no whole calls of 64 rows; 80 images end in half a group."""
-    folder = evaluate(tiny_defense, tiny_images, "pgd:steps=8,eot=3", n=80, out=tmp_path, rows=64, **SETTINGS).folder
+    fresh = Defense(tiny_defense.purifier, tiny_defense.classifier)  # nobody has asked it yet
+    folder = evaluate(fresh, tiny_images, "pgd:steps=8,eot=3", n=80, out=tmp_path, rows=64, **SETTINGS).folder
     notes = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
     real, rows = sum(note["real"] for note in notes), sum(note["rows"] for note in notes)
     # apart, 96 rows would take two calls of 64: 75 %
