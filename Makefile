@@ -1,6 +1,7 @@
 # make run    the main job, from nothing: makes .venv, installs, runs
 # make test   the tests                make check   lint, format and types
 # make slow   the slow tests           make report  results/ in every format: page, figures, tables, into site/
+# make bench  how near to the floor gradients and attacks run on this machine: results/bench/
 # make parity CIFAR10=DATASET          our attacks and samplers against published ones: results/parity.md
 PYTHON ?= python3
 ARGS ?=
@@ -11,7 +12,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 CODE := purifiers attacks classifiers benchmark
 
-.PHONY: run test slow parity check report tables headline install clean distclean
+.PHONY: run test slow parity check report bench tables headline install clean distclean
 
 run: install
 	$(BIN)/python -m benchmark run --purifier diffpure --attack autoattack $(ARGS)
@@ -30,6 +31,10 @@ check: install
 	$(BIN)/ruff check $(CODE) tests shims
 	$(BIN)/ruff format --check $(CODE) tests shims
 	$(BIN)/mypy
+
+# A few minutes; compare only with what the same machine said at the same load.
+bench: install
+	$(BIN)/python -m benchmark bench --batch-size 32 --repetitions 5 --out results/bench $(ARGS)
 
 # Every format from the recorded results into SITE, and the tables of the documents anew.
 report: install

@@ -64,6 +64,8 @@ class Settings:
     """Compile the networks for the fixed shape of their calls."""
     channels_last: bool = False
     """Lay out weights and images with channels last."""
+    shard: str | None = None
+    """"I/N": only every N-th group of images, from the I-th on; processes with the same ``out`` share the work."""
     device: str = "cpu"
     out: str | Path = "results/run"
     data_dir: str | None = None
@@ -113,6 +115,7 @@ class Cell:
             PRECISIONS[s.precision]().context(self.device.type)
         except ValueError as error:
             raise UsageError(f"--precision {s.precision}: {error}") from error
+        self.shard = _shard(s.shard)
         if s.rows is not None and (s.rows < 1 or s.rows % ROWS):
             raise UsageError(f"--batch-size {s.rows}: row counts are multiples of 32, so that no row sees its place")
         self.n, self.data = s.images, s.examples(source)
@@ -210,6 +213,7 @@ class Cell:
              "parameters": sum(p.numel() for p in defense.purifier.parameters()),
              "preflight": s.preflight, "noise": self._noise(),
              "watched": self.watched},
+            s.shard,
         )  # fmt: skip
 
     def _noise(self) -> str:
@@ -285,7 +289,8 @@ class Cell:
         self.folder.check_identity()
         if not self.left():
             if not s.quiet:
-                print(f"all {self.n} images are recorded in {self.folder.folder}: nothing to compute", file=sys.stderr)
+                which = f"all {self.n} images" if self.shard == (0, 1) else f"the images of shard {s.shard}"
+                print(f"{which} are recorded in {self.folder.folder}: nothing to compute", file=sys.stderr)
             return self.folder.finish()
         self.check_classes()
         if (caveat := self.attack.caveat(self.drawing)) and not s.quiet:
@@ -303,10 +308,11 @@ class Cell:
             except torch.cuda.OutOfMemoryError as error:
                 self._halve(error)
 
-    def left(self) -> int:
-        """How many images are not recorded yet."""
-        done = self.folder.done()
-        return sum(int(i) not in done for i in self.data.ids[: self.n])
+    def left(self) -> list[int]:
+        """The positions of the images that this process has yet to do."""
+        done, (number, of) = self.folder.done(), self.shard
+        mine = (p for p in range(self.n) if p // BLOCK % of == number)
+        return [p for p in mine if int(self.data.ids[p]) not in done]
 
     def prepare(self) -> None:
         """Make the machine ready: exact float32, an allocator that keeps what it has, layout and compilation."""
@@ -387,6 +393,16 @@ def _from_tensors(images: Tensor, labels: Tensor) -> data.Dataset:
     digest = hashlib.sha256(images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()
     form = data.Form("tensors", tuple(images.shape[1:]), int(labels.max()) + 1)  # type: ignore[arg-type]
     return data.Dataset("tensors", images, labels.long(), torch.arange(len(labels)), digest, form)
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+    """The number of a part, from 0, and how many parts there are."""
+    if text is None:
+        return 0, 1
+    number, _, of = text.partition("/")
+    if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
+        raise UsageError(f"--shard {text}: expected I/N with 1 <= I <= N, e.g. 1/4")
+    return int(number) - 1, int(of)
 
 
 def _networks(defense: Defense) -> list[nn.Module]:

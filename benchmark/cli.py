@@ -67,7 +67,7 @@ def _settings(arguments: argparse.Namespace) -> Any:
         preflight=not getattr(arguments, "no_preflight", False),
         mixed_environment=getattr(arguments, "mixed_environment", False),
         stop_after=getattr(arguments, "stop_after", None), precision=arguments.precision, compile=arguments.compile,
-        channels_last=arguments.channels_last,
+        channels_last=arguments.channels_last, shard=getattr(arguments, "shard", None),
     )  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = _settings(arguments)
     # a slip in the last spec shows now, not after the hours that the first cells take; so does what they will take
     prices = {str(cell.folder.folder): _price(cell) for cell in _cells(arguments, settings)}
-    _agree(sum(p.hours for p in prices.values() if p), arguments)
+    _agree(sum(p.hours or 0 for p in prices.values() if p), arguments)
     folders, unfit, failed, began = [], [], False, time.monotonic()
     for cell in _cells(arguments, settings):
         if arguments.stop_after is not None:
@@ -121,7 +121,14 @@ def _run(arguments: argparse.Namespace) -> int:
     if not folders:
         raise (RunError if failed else UsageError)("no cell of this command has a number: see above")
     runs = [read_run(folder) for folder in dict.fromkeys(folders)]
-    print(writers.render(report.table(runs, worst_case=True), "md"), end="")
+    if whole := [run for run in runs if run["complete"]]:
+        print(writers.render(report.table(whole, worst_case=True), "md"), end="")
+    if len(whole) < len(runs):
+        print(
+            f"{len(runs) - len(whole)} of {len(runs)} cells wait for other shards, and stand in no table yet: status "
+            f"{arguments.out} says how far they are",
+            file=sys.stderr,
+        )
     print("".join(f"not in the table: {line}\n" for line in unfit) + f"records: {arguments.out}", file=sys.stderr)
     return FAILED if failed else DONE
 
@@ -146,8 +153,8 @@ def _agree(hours: float, arguments: argparse.Namespace) -> None:
     if hours > most and not arguments.yes:
         raise UsageError(
             f"this takes about {duration(hours)} here, and --max-hours is {most:g}: nothing was run. --yes runs it "
-            "anyway (it can be stopped and continued); plan shows each cell; fewer --n-examples, a smaller --budget "
-            "or a GPU make it shorter"
+            "anyway (it can be stopped and continued); plan shows each cell; fewer --n-examples, a smaller --budget, "
+            "--shard on several machines or a GPU make it shorter"
         )
 
 
@@ -514,9 +521,9 @@ def _bench(arguments: argparse.Namespace) -> int:
         stem = slug(e["device_name"] if e["device"].startswith("cuda") else f"{e['processor']}-{e['threads']}-threads")
         folder = Path(arguments.out)
         folder.mkdir(parents=True, exist_ok=True)
-        replace(folder / f"{stem}.json", document)
-        replace(folder / f"{stem}.md", text)
-        print(f"{folder / stem}.json and .md", file=sys.stderr)
+        for ending, content in (("json", document), ("md", text), ("profile.txt", measured["profile"])):
+            replace(folder / f"{stem}.{ending}", content)
+        print(f"{folder / stem}.json, .md and .profile.txt", file=sys.stderr)
     print(document if arguments.json else text, end="")
     return DONE
 

@@ -60,10 +60,9 @@ class Engine:
         cell, self.began = self.cell, began
         self.done = cell.folder.done()
         length = cell.attack.length(cell.drawing)
-        todo = sum(int(i) not in self.done for i in cell.data.ids[: cell.n])
         with tqdm(
-            total=todo * length, unit="it", disable=cell.settings.quiet, desc=cell.names["display"], smoothing=0.1,
-            mininterval=0.5 if sys.stderr.isatty() else 20,
+            total=len(cell.left()) * length, unit="it", smoothing=0.1, disable=cell.settings.quiet,
+            desc=cell.names["display"], mininterval=0.5 if sys.stderr.isatty() else 20,
         ) as self.bar:  # fmt: skip
             for positions, judged in self.calls.run(self._searches(), self._capacity()):
                 self._record(positions, judged)
@@ -89,13 +88,12 @@ class Engine:
 
     def _wanted(self, positions: list[int]) -> bool:
         """Whether a search that was under way is one of this run's, which may be of another n than that one's."""
-        ids = self.cell.data.ids
         if self.cell.package:
             return positions == self._aligned(positions[0])
-        return all(p < self.cell.n and int(ids[p]) not in self.done for p in positions)
+        return set(positions) <= set(self.cell.left())
 
     def _groups(self, taken: set[int]) -> Iterator[list[int]]:
-        left = [p for p in range(self.cell.n) if int(self.cell.data.ids[p]) not in self.done and p not in taken]
+        left = [p for p in self.cell.left() if p not in taken]
         if self.cell.package:
             yield from (self._aligned(first) for first in sorted({p // BLOCK * BLOCK for p in left}))
             return

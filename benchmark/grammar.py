@@ -21,16 +21,11 @@ def parser() -> argparse.ArgumentParser:
 
     run = _command(commands, "run", "attack defenses and print their table")
     _what(run)
-    run.add_argument("--stop-after", type=float, metavar="SECONDS", help="stop, save and exit with 75 after so long")
-    run.add_argument("--no-preflight", action="store_true", help="skip the checks of the defense; the table says so")
-    run.add_argument("--mixed-environment", action="store_true", help="continue a run begun in another environment")
-    run.add_argument(
-        "--max-hours", type=float, metavar="H", help="refuse what would take longer (8 on a CPU, no limit on a GPU)"
-    )
-    run.add_argument("--yes", action="store_true", help="run it however long it takes")
+    _how(run)
 
     plan = _command(commands, "plan", "print what a run would cost, from one timed batch, and run nothing")
     _what(plan)
+    _how(plan)
     plan.add_argument("--devices", type=int, default=4, metavar="N", help="state the hours on N such devices, too (4)")
     plan.add_argument("--json", action="store_true", help="one object: the cells, and hours in all")
 
@@ -123,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--dataset", default="fashion-mnist", help="a data set's spec (fashion-mnist)")
     bench.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
     bench.add_argument("--batch-size", type=int, default=16, metavar="ROWS", help="held against the floors (16)")
-    bench.add_argument("--repetitions", type=int, default=3, metavar="N", help="of each measurement (3)")
+    bench.add_argument("--repetitions", type=int, default=2, metavar="N", help="of each measurement (2)")
     bench.add_argument("--compile", action="store_true", help="time compiled networks, too; minutes more")
     bench.add_argument("--out", metavar="FOLDER", help="write Markdown and JSON there, named after the device")
     bench.add_argument("--json", action="store_true", help="one object")
@@ -200,6 +195,21 @@ def _what(sub: argparse.ArgumentParser) -> None:
     machine.add_argument("--threads", type=int, metavar="N", help="threads of a CPU (torch's own choice)")
     _sources(machine)
     machine.add_argument("--out", default="results/run", metavar="FOLDER", help="root of the runs (results/run)")
+
+
+def _how(sub: argparse.ArgumentParser) -> None:
+    """The options that say how a run proceeds; plan takes them, too, so that a command can be planned as it stands."""
+    how = sub.add_argument_group("progress and safety")
+    how.add_argument("--stop-after", type=float, metavar="SECONDS", help="stop, save and exit with 75 after so long")
+    how.add_argument("--no-preflight", action="store_true", help="skip the checks of the defense; the table says so")
+    how.add_argument("--mixed-environment", action="store_true", help="continue a run begun in another environment")
+    how.add_argument(
+        "--max-hours", type=float, metavar="H", help="refuse what would take longer (8 on a CPU, no limit on a GPU)"
+    )
+    how.add_argument("--yes", action="store_true", help="run it however long it takes")
+    how.add_argument(
+        "--shard", metavar="I/N", help="do every N-th group of images; N such commands with the same --out share a run"
+    )
 
 
 def _sources(group: Any) -> None:

@@ -67,7 +67,7 @@ class Price(NamedTuple):
     Attributes:
         rows: rows of a network call.
         forward, gradient: seconds of a call of the whole defense, without and with its gradient.
-        hours: of what isn't recorded yet; occupancy and what runs between calls are left out of account.
+        hours: of what isn't recorded yet, were every call full; None if it doesn't fit.
         keep: how many of the purifier's last stages keep their graphs; None for all.
         fits: "fits", "fits with K rows" where memory allows fewer than would be taken, or "doesn't fit".
         graph_bytes: what a gradient at this row count stores.
@@ -77,14 +77,14 @@ class Price(NamedTuple):
     rows: int
     forward: float
     gradient: float
-    hours: float
+    hours: float | None
     keep: int | None
     fits: str
     graph_bytes: float
     disk_bytes: int
 
     def __str__(self) -> str:
-        if self.fits == "doesn't fit":
+        if self.hours is None:
             return f"      doesn't fit: the gradient of 32 rows stores {_size(self.graph_bytes)}"
         graphs = "all graphs kept" if self.keep is None else f"graphs of the last {self.keep} stages kept"
         gradient = f", {self.gradient:.2g} s with its gradient" if self.gradient else ""
@@ -106,7 +106,7 @@ def price(cell: Cell) -> Price:
     disk = 4 * cell.n * (pixels + classes * (3 * cell.draws + cell.select))
     feet = cell.footprint
     if cell.settings.rows is None and cell.fitting == 0:
-        return Price(32, 0, 0, float("inf"), 0, "doesn't fit", 32 * (feet.inputs + max(feet.graphs)), disk)
+        return Price(32, 0, 0, None, 0, "doesn't fit", 32 * (feet.inputs + max(feet.graphs)), disk)
     rows = cell.rows
     fits = "fits" if rows >= min(cell.most_rows, cell.settings.rows or rows) else f"fits with {rows} rows"
     index = torch.arange(rows) % len(cell.data)
@@ -129,12 +129,12 @@ def price(cell: Cell) -> Price:
     a_row = (p.forwards - p.backwards) * forward + p.backwards * gradient
     kept = sum(feet.graphs[len(feet.graphs) - cell.keep :]) if cell.keep is not None else sum(feet.graphs)
     kept += feet.inputs + max(feet.graphs) if cell.keep is not None else 0
-    return Price(rows, forward, gradient, cell.left() * a_row / rows / 3600, cell.keep, fits, rows * kept, disk)
+    return Price(rows, forward, gradient, len(cell.left()) * a_row / rows / 3600, cell.keep, fits, rows * kept, disk)
 
 
 def total(prices: list[Price], devices: int) -> dict[str, Any]:
     """Hours of all cells, on this device and, their images split among them, on several."""
-    hours = sum(p.hours for p in prices)
+    hours = sum(p.hours or 0 for p in prices)
     return {
         "hours": hours, "devices": devices, "hours_on_devices": hours / devices,
         "disk_bytes": sum(p.disk_bytes for p in prices),

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from benchmark.config import Identity, slug
 from benchmark.errors import RunError, UsageError
@@ -47,16 +48,33 @@ class Run:
     """The folder of one cell: ``<out>/<dataset>/<purifier>/<attack>-<hash8>``.
 
     ``run.json`` (identity, environment, names), ``journal.jsonl`` (a line per finished example), ``adversarial.npy`` (a
-    row is on disk before its line), ``logits/`` (a file per block, one ``logits.npz`` at the end), ``state.pt`` (an
-    attack under way), ``timing.jsonl`` (never in records), ``records.jsonl`` (what the journal becomes, sorted).
+    row is on disk before its line), ``logits/`` (a file per group, one ``logits.npz`` at the end), ``state.pt``
+    (searches under way), ``timing.jsonl`` (never in records), ``records.jsonl`` (what the journal becomes, sorted).
+    Processes that share the work each have a journal and a state of their own; who ends last puts them together.
+
+    Args:
+        out: root of the runs.
+        identity: what decides the numbers.
+        names: as the user wrote them.
+        settings: what else ``run.json`` says.
+        shard: the part of the images that this process does, e.g. "2/4"; None for all.
 
     Raises:
         UsageError: if the folder holds another configuration or environment.
         RunError: if it can't be written.
     """
 
-    def __init__(self, out: Path, identity: Identity, names: dict[str, str], settings: dict[str, Any]):
+    def __init__(
+        self,
+        out: Path,
+        identity: Identity,
+        names: dict[str, str],
+        settings: dict[str, Any],
+        shard: str | None = None,
+    ):
         self.identity = identity
+        part = f".{shard.replace('/', '-of-')}" if shard else ""
+        self.journal, self.state = f"journal{part}.jsonl", f"state{part}.pt"
         folder = f"{slug(names['attack'])}-{identity.hash8}"
         self.folder = out / slug(identity.dataset) / slug(names["purifier"]) / folder
         self.settings = settings | {"identity": asdict(identity), "names": names, "mixed_environment": False}
@@ -66,6 +84,7 @@ class Run:
         self.settings["environment"]["rows"] = rows
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+        with self._alone(), writing(self.folder):
             self.check_identity()
             path = self.folder / "run.json"
             if path.exists():
@@ -74,13 +93,13 @@ class Run:
             self._room(n, shape)
 
     def discard(self) -> None:
-        """Remove what was opened and holds no finished example."""
-        if not (self.folder / "journal.jsonl").exists() and not (self.folder / "records.jsonl").exists():
+        """Remove what was opened and holds no finished example, of this process or another."""
+        if not any(any(self.folder.glob(kind)) for kind in ("journal*.jsonl", "records.jsonl", "state*.pt")):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def done(self) -> dict[int, dict[str, Any]]:
         """The finished examples by id; a torn last line is dropped from the journal."""
-        path = self.folder / "journal.jsonl"
+        path = self.folder / self.journal
         raw = path.read_bytes() if path.exists() else b""
         if not raw.endswith(b"\n") and raw:
             with writing(self.folder):
@@ -96,7 +115,7 @@ class Run:
             (self.folder / "logits").mkdir(exist_ok=True)
             ids = np.array([r["id"] for r in records])
             np.savez_compressed(self.folder / "logits" / f"{ids.min():09d}.npz", id=ids, **logits)
-            with (self.folder / "journal.jsonl").open("a") as journal:
+            with (self.folder / self.journal).open("a") as journal:
                 journal.writelines(json.dumps(r) + "\n" for r in records)
                 journal.flush()
                 os.fsync(journal.fileno())
@@ -110,12 +129,13 @@ class Run:
     def save_state(self, lanes: list[dict[str, Any]]) -> None:
         """The searches under way: the positions of each one's images, and its state."""
         with writing(self.folder):
-            torch.save({"lanes": lanes}, self.folder / "state.new")
-            (self.folder / "state.new").replace(self.folder / "state.pt")
+            new = self.folder / f"{self.state}.new"
+            torch.save({"lanes": lanes}, new)
+            new.replace(self.folder / self.state)
 
     def load_state(self) -> list[dict[str, Any]]:
         """The searches that were under way."""
-        path = self.folder / "state.pt"
+        path = self.folder / self.state
         if not path.exists():
             return []
         return torch.load(path, weights_only=True).get("lanes", [])
@@ -123,32 +143,44 @@ class Run:
     def begun_rows(self) -> int | None:
         """The row count with which the run was begun; None if nothing was."""
         path = self.folder / "run.json"
-        if not path.exists() or not (self.done() or (self.folder / "state.pt").exists()):
-            return None
-        return json.loads(path.read_text())["environment"]["rows"]
+        return json.loads(path.read_text())["environment"]["rows"] if path.exists() and self._begun() else None
 
     def halved(self, rows: int) -> None:
         """Memory ran out: forget what was under way, and note the new row count beside the one it began with."""
         with writing(self.folder):
-            (self.folder / "state.pt").unlink(missing_ok=True)
+            (self.folder / self.state).unlink(missing_ok=True)
             self.settings.setdefault("halved_to", []).append(rows)
             self.settings["environment"]["rows"] = rows
             found = json.loads((self.folder / "run.json").read_text())
             replace(self.folder / "run.json", json.dumps(found | self.settings, indent=2, sort_keys=True) + "\n")
 
     def finish(self) -> Path:
-        """Turn the journal, sorted, into ``records.jsonl`` and gather the logits; both renamed into place."""
-        if not (self.folder / "journal.jsonl").exists():
+        """Turn the journals, sorted, into ``records.jsonl`` and gather the logits; both renamed into place.
+
+        While other processes have images left, nothing.
+        """
+        if not any(self.folder.glob("journal*.jsonl")):
             return self.folder
-        with writing(self.folder):
+        with self._alone(), writing(self.folder):
+            (self.folder / self.state).unlink(missing_ok=True)
             records = [record for _, record in sorted(self.done().items())]
+            if len(records) < json.loads((self.folder / "run.json").read_text())["n"]:
+                return self.folder
             blocks = sorted((self.folder / "logits").glob("*.npz"))
             if blocks:
                 self._gather(blocks)
-            (self.folder / "state.pt").unlink(missing_ok=True)
             replace(self.folder / "records.jsonl", "".join(json.dumps(r) + "\n" for r in records))
-            (self.folder / "journal.jsonl").unlink(missing_ok=True)
+            for path in self.folder.glob("journal*.jsonl"):
+                path.unlink()
         return self.folder
+
+    def _alone(self) -> FileLock:
+        """No other process opens or ends the run meanwhile."""
+        return FileLock(self.folder / ".lock")
+
+    def _begun(self) -> bool:
+        """Whether anything was found or is under way."""
+        return bool(self.done()) or any(self.folder.glob("state*.pt"))
 
     def _gather(self, blocks: list[Path]) -> None:
         target = self.folder / "logits.npz"
@@ -181,7 +213,7 @@ class Run:
         """Refuse to continue where other versions or another machine began, or without the images found so far."""
         old, new = (dict(s["environment"]) for s in (found, self.settings))
         differ = [k for k in new if k != "commit" and old.get(k) != new[k]]
-        begun = bool(self.done()) or (self.folder / "state.pt").exists()
+        begun = self._begun()
         if begun and not (self.folder / "adversarial.npy").exists():
             raise UsageError(
                 f"{self.folder} has records but no adversarial.npy, so it can't be continued (a repository keeps "
@@ -228,7 +260,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 def _records(folder: Path) -> dict[int, dict[str, Any]]:
     """Finished examples by id: those of ``records.jsonl``, and a later journal's whole lines."""
     records = {}
-    for path in (folder / "records.jsonl", folder / "journal.jsonl"):
+    for path in (folder / "records.jsonl", *sorted(folder.glob("journal*.jsonl"))):
         lines = path.read_text().split("\n")[:-1] if path.exists() else []
         records.update({r["id"]: r for r in map(json.loads, lines)})
     return records

@@ -159,7 +159,7 @@ def test_bad_grammar_is_bad_usage(capsys, arguments):
         (["--purifier", "diffpure:t_star"], "diffpure takes no argument"),
         (["--purifier", "diffpure:t_star=,steps=1"], "expected key=value, got 't_star='"),
         (["--attack", "pgd:5"], "pgd takes no argument"),
-        (["--attack", "pgd:steps=0"], "steps, eot, restarts and step must be positive, got 0.0 and 0, 4"),
+        (["--attack", "pgd:steps=0"], "steps, eot, restarts and step must be positive, got 0.0, 0 and 0, 4"),
         (["--attack", "pgd:steps=1.5"], "pgd: steps takes int, got '1.5'"),
         (["--attack", "pgd:loss=l1"], "loss must be one of ce, dlr, margin, error, got 'l1'"),
     ],
@@ -345,7 +345,7 @@ def test_plan_runs_nothing_and_counts_what_run_records(weights, recorded, tmp_pa
     command = ["--purifier", "identity,diffpure", "--attack", "pgd:steps=2,eot=2", "--n-examples", "4", "--draws", "3",
                "--device", "cpu", "--weights", str(weights), "--out", str(tmp_path / "out")]  # fmt: skip
     assert cli.main(["plan", *command, "--json"]) == 0
-    cells = json.loads(capsys.readouterr().out)
+    cells = json.loads(capsys.readouterr().out)["cells"]
     assert not (tmp_path / "out").exists()
     assert cli.main(["plan", *command]) == 0
     assert all(f"{cell['passes']:,} image passes" in capsys.readouterr().out for cell in cells[:1])
@@ -361,7 +361,7 @@ def test_the_main_job_is_planned_within_its_limit(weights, capsys):
     """At most 100,000 passes of the U-Net, whatever the machine: 5 reverse steps as the shipped card has."""
     command = ["plan", "--purifier", "diffpure:steps=5", "--attack", "autoattack", "--device", "cpu", "--json"]
     assert cli.main([*command, "--weights", str(weights)]) == 0
-    (cell,) = json.loads(capsys.readouterr().out)
+    (cell,) = json.loads(capsys.readouterr().out)["cells"]
     assert cell["n"] == 32 and cell["nfe"] == 5
     assert cell["passes"] <= 100_000
 

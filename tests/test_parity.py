@@ -265,7 +265,7 @@ def compare(pair: Pair, norm: str, eps: Fraction, net: torch.nn.Module, x: torch
 
     threat.random = lambda x, noise: theirs.seen[0].clone()
     victim = Victim(
-        undefended(ours), VIEWS["exact"](), Tape(0, "attack", torch.arange(len(x))), rows=len(x), stochastic=False
+        undefended(ours), VIEWS["exact"](), Tape(0, "attack", torch.arange(len(x))), Calls(len(x)), stochastic=False
     )
     state: dict[str, torch.Tensor] = {}
     found = pair.ours.perturb(x, y, victim, threat, watch=lambda k, now: state.update(now))
@@ -456,7 +456,7 @@ def test_the_wrong_momentum_would_be_noticed(net, default_float64):
     for attack in (APGD(steps=5, eot=1), Forgetful(steps=5, eot=1)):
         witness = Witness(net)
         victim = Victim(
-            undefended(witness), VIEWS["exact"](), Tape(0, "attack", torch.arange(N)), rows=N, stochastic=False
+            undefended(witness), VIEWS["exact"](), Tape(0, "attack", torch.arange(N)), Calls(N), stochastic=False
         )
         state = attack.start(x, y, victim, threat, x_init=x_init)
         for k in range(5):

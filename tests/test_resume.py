@@ -226,3 +226,46 @@ def test_killed_in_mid_attack_and_run_again_changes_no_byte(tmp_path):
     )
     assert resumed.folder == unfinished["folder"], "the run must be found again from another process"
     assert outcome(resumed.folder) == outcome(at_once.folder)
+
+
+# --- shared
+
+
+@pytest.mark.parametrize("attack", [NATIVE[0], "square:queries=3,eot=2"])
+def test_shards_merged_are_the_run_that_was_not_shared(tmp_path, run, attack):
+    whole = outcome(run("at once", attack, n=80))
+    for shard in ("2/2", "1/2"):
+        folder = run("shared", attack, n=80, shard=shard)
+        (found,) = results.find_runs([folder])
+        assert found["complete"] == (shard == "1/2"), "who ends last puts the parts together"
+    assert outcome(folder) == whole and not list(folder.glob("journal*"))
+    assert run("shared", attack, n=80, shard="2/2") == folder and outcome(folder) == whole
+
+
+def test_a_shard_that_stopped_is_continued_by_itself_or_by_a_run_of_all(tmp_path, run):
+    whole = outcome(run("at once", n=80))
+    for then in ("2/3", None):
+        name = f"stopped {then}"
+        run(name, n=80, shard="1/3")
+        with pytest.raises(Incomplete):
+            run(name, n=80, shard="2/3", stop_after=0)
+        assert [p.name for p in folder_of(tmp_path / name).glob("state*")] == ["state.2-of-3.pt"]
+        run(name, n=80, shard=then)
+        assert outcome(run(name, n=80))["records.jsonl"] == whole["records.jsonl"]
+
+
+def test_a_torn_line_of_another_shard_is_left_to_it(tmp_path, run):
+    folder = run("shared", n=80, shard="1/3")
+    journal = folder / "journal.1-of-3.jsonl"
+    torn = journal.read_text()[:-20]
+    journal.write_text(torn)
+    run("shared", n=80, shard="2/3")
+    assert journal.read_text() == torn, "its process may be writing it"
+    run("shared", n=80, shard="1/3")
+    assert outcome(run("shared", n=80, shard="3/3")) == outcome(run("at once", n=80))
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "a/b", "1/0"])
+def test_a_shard_that_is_none_is_refused(run, shard):
+    with pytest.raises(UsageError, match="expected I/N"):
+        run("none", shard=shard)
