@@ -289,8 +289,8 @@ class Bench:
         return {
             "attack": f"pgd:steps=20,eot=4,iterate=best at eps 0.1, retire={RETIRE} against 0", "n": n,
             "time_ratio": seconds[RETIRE] / seconds[0], "passes_ratio": passes[RETIRE] / passes[0],
-            "robust": float(shares[0].mean()), "robust_retired": float(shares[RETIRE].mean()), "difference": paired.difference, "low": paired.low,
-            "high": paired.high,
+            "robust": float(shares[0].mean()), "robust_retired": float(shares[RETIRE].mean()),
+            "difference": paired.difference, "low": paired.low, "high": paired.high,
         }  # fmt: skip
 
 

@@ -165,12 +165,13 @@ def test_a_price_in_words():
         "graphs of the last 3 stages kept (3.0 GiB); 5.0 MiB of disk"
     )
     assert "gradient" not in str(price._replace(gradient=0.0)), "of an attack that takes none"
+    assert "e+" not in str(price._replace(forward=123.4, gradient=456.7)), "seconds, not powers of ten"
     unfit = str(price._replace(fits="doesn't fit", hours=float("inf")))
     assert "doesn't fit" in unfit and "3.0 GiB" in unfit and "inf" not in unfit
 
 
 class Starting(Linear):
-    """Takes half a second the first time that it is called in a way, as what is compiled takes minutes."""
+    """Takes a third of a second the first time that it is called in a way, as what is compiled takes minutes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,7 +180,7 @@ class Starting(Linear):
     def clean(self, x: Tensor, noise: Noise) -> Tensor:
         if (way := (len(x), torch.is_grad_enabled())) not in self._begun:
             self._begun.add(way)
-            time.sleep(0.5)
+            time.sleep(0.3)
         return super().clean(x, noise)
 
 
@@ -191,7 +192,7 @@ def test_what_only_the_first_call_takes_is_not_taken_for_the_price_of_every_call
         Settings(n=4, eps="1/64", rows=64, out=tmp_path, quiet=True),
     )
     found = price(starting)
-    assert found.forward < 0.25 and found.gradient < 0.25
+    assert max(found.forward, found.gradient) < 0.15
 
 
 # --- memory
@@ -216,9 +217,8 @@ def test_what_does_not_fit_has_no_price_and_the_document_stays_json(plan, floor,
     budget(floor / 2)
     found = plan("--purifier", "identity,diffpure")
     identity, diffpure = found["cells"]
-    assert identity["fits"] == "fits", "it stores nothing"
     assert diffpure["fits"] == "doesn't fit" and diffpure["graph_bytes"] == pytest.approx(floor)
-    assert diffpure["hours"] is None and found["hours"] is None and found["hours_on_devices"] is None
+    assert diffpure["hours"] is None and found["hours"] == (identity["hours"] or 0), "the sum is of what can run"
 
 
 @pytest.mark.parametrize("more", [[], ["--yes"]], ids=["", "yes"])
@@ -229,6 +229,14 @@ def test_what_does_not_fit_is_not_run_and_the_memory_it_takes_is_named(command, 
     assert "the gradient of 32 rows needs" in message and "GiB" in message and "a device with more memory" in message
     assert "inf h" not in message
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cell_that_does_not_fit_costs_no_other_cell_its_row(command, floor, budget, tmp_path, capsys):
+    budget(floor / 2)
+    assert command("run", *QUICK[:2], "--no-preflight", "--purifier", "identity,diffpure") != cli.INCOMPLETE
+    output = capsys.readouterr()
+    assert "diffpure" in output.err and "GiB" in output.err
+    assert "| identity |" in output.out or not (tmp_path / "out").exists(), "hours of work without a table"
 
 
 def test_graphs_are_kept_as_far_as_memory_goes(cell, floor, budget):
@@ -247,9 +255,13 @@ def test_copies_of_an_image_take_the_memory_of_so_many_images(plan):
 
 
 @pytest.mark.parametrize("view", ["blind", "bpda"])
-def test_a_view_that_stores_no_graph_of_the_purifier_fits_wherever_that_is_small(plan, floor, budget, view):
-    budget(floor / 2)
-    assert plan("--view", view)["cells"][0]["fits"] == "fits"
+def test_a_view_that_keeps_no_graph_of_the_purifier_is_not_charged_for_it(plan, view):
+    charged, exact = (plan("--view", v, "--batch-size", "32")["cells"][0]["graph_bytes"] for v in (view, "exact"))
+    assert charged < exact
+
+
+def test_the_graph_of_the_classifier_counts_too(plan):
+    assert plan("--purifier", "identity", "--batch-size", "32")["cells"][0]["graph_bytes"] > 0
 
 
 def test_what_memory_there_is_changes_no_byte_of_the_records(command, floor, budget, tmp_path):
@@ -297,6 +309,11 @@ def test_precision_is_of_the_gradient_alone_and_part_of_the_identity(command, tm
     assert sorted(clean) == ["bf16", "float32", "float64"]
     assert clean["float32"].dtype == np.float32
     assert np.array_equal(clean["bf16"], clean["float32"]) and np.array_equal(clean["float64"], clean["float32"])
+
+
+def test_gradients_in_another_arithmetic_are_marked_in_the_table(command, capsys):
+    assert command("run", *QUICK, "--precision", "bf16") == cli.DONE
+    assert "bf16" in capsys.readouterr().out, "a reader would take it for an attack in float32"
 
 
 @pytest.mark.parametrize(
@@ -469,24 +486,34 @@ def test_memory_that_never_suffices_is_an_error_that_says_so(cramped, most, rows
 # --- bench
 
 
-class Steps(Purifier):
-    """z_{k+1} = z_k + 0.1 c(z_k) + 0.01 n: a purifier with steps and a network of one convolution."""
+class Bare(Purifier):
+    """z_{k+1} = z_k + 0.01 n: a purifier with steps and no network."""
 
     def __init__(self, *, steps: int = 2, rule: str = "sde"):
         super().__init__()
         self.steps, self.rule = steps, rule
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.net = nn.Conv2d(1, 1, 3, padding=1)
 
     def start(self, x: Tensor, noise: Noise) -> tuple[Tensor, None]:
         return x, None
 
     def step(self, k: int, state: Tensor, context: None, noise: Noise) -> Tensor:
-        return state + 0.1 * self.net(state) + 0.01 * noise.normal("step", k, like=state)
+        return state + 0.01 * noise.normal("step", k, like=state)
 
     def finish(self, state: Tensor, context: None) -> Tensor:
         return state.clamp(0, 1)
+
+
+class Steps(Bare):
+    """z_{k+1} = z_k + 0.1 c(z_k) + 0.01 n: one with a network of one convolution."""
+
+    def __init__(self, *, steps: int = 2, rule: str = "sde"):
+        super().__init__(steps=steps, rule=rule)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.net = nn.Conv2d(1, 1, 3, padding=1)
+
+    def step(self, k: int, state: Tensor, context: None, noise: Noise) -> Tensor:
+        return super().step(k, state, context, noise) + 0.1 * self.net(state)
 
 
 class Ten(nn.Sequential):
@@ -541,6 +568,11 @@ def test_bench_of_a_purifier_without_steps_is_bad_usage(timed, capsys, purifier)
     assert timed("--purifier", purifier) == cli.USAGE
     output = capsys.readouterr()
     assert purifier in output.err and "steps" in output.err and output.out == ""
+
+
+def test_bench_of_a_purifier_without_a_network_is_bad_usage(timed, capsys):
+    assert timed("--purifier", f"file:{__file__}:Bare") == cli.USAGE
+    assert "network" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--batch-size", "--repetitions"])
