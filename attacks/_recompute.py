@@ -87,42 +87,51 @@ class _Staged(torch.autograd.Function):
 
 
 class Footprint(NamedTuple):
-    """Bytes that the gradient of one purification needs per row.
+    """Bytes that the gradient of a defense needs per image, copies included.
 
     Attributes:
-        graphs: what autograd stores of each stage, first to last.
+        graphs: what autograd stores of each of the purifier's stages, first to last; where they can be recomputed.
         inputs: what a stage that is recomputed stores, all stages together.
+        rest: what is stored in any case: the classifier's graph, and under most views the purifier's.
     """
 
-    graphs: tuple[float, ...]
-    inputs: float
+    graphs: tuple[float, ...] = (0.0,)
+    inputs: float = 0.0
+    rest: float = 0.0
+
+    @property
+    def least(self) -> float:
+        """What is needed where every stage is recomputed: one graph at a time."""
+        return self.rest + self.inputs + max(self.graphs)
+
+    def stored(self, keep: int | None) -> float:
+        """What is stored with the graphs of so many last stages kept; None for all."""
+        if keep is None:
+            return self.rest + sum(self.graphs)
+        return self.least + sum(self.graphs[len(self.graphs) - keep :])
 
     def keep(self, rows: int, budget: float) -> int | None:
-        """How many of the last stages' graphs fit into ``budget`` bytes at ``rows`` rows; None if all do.
-
-        The graphs of the others come and go one at a time, beside those that are kept.
-        """
-        if sum(self.graphs) * rows <= budget:
+        """How many of the last stages' graphs fit into ``budget`` bytes at ``rows`` rows; None if all do."""
+        if self.stored(None) * rows <= budget:
             return None
-        left = budget / rows - self.inputs - max(self.graphs)
-        kept = 0
-        for graph in reversed(self.graphs):
-            left -= graph
-            if left < 0:
-                break
-            kept += 1
-        return kept
+        return max((k for k in range(len(self.graphs)) if self.stored(k) * rows <= budget), default=0)
 
     def rows(self, most: int, budget: float) -> int:
         """The most rows, a multiple of 32 up to ``most``, at which a fully recomputed gradient fits; 0 if none."""
-        return min(most, int(budget / max(self.inputs + max(self.graphs), 1)) // ROWS * ROWS)
+        return min(most, int(min(budget / max(self.least, 1), most)) // ROWS * ROWS)
 
 
-def footprint(purifier: nn.Module, x: Tensor, noise: Any) -> Footprint:
-    """What the gradient of a purification stores, measured on ``x``, not modelled; no two graphs are held at a time."""
-    if not hasattr(purifier, "rounds"):
-        return Footprint((0.0,), 0.0)
-    weights = {p.data_ptr() for p in purifier.parameters()}
+def footprint(defense: nn.Module, x: Tensor, noise: Any, view: Any, *, staged: bool) -> Footprint:
+    """What the gradient of a defense stores, measured on ``x``, not modelled.
+
+    Args:
+        defense: called with (x, noise, view).
+        x: an image or more.
+        noise: keyed noise, a row per image.
+        view: how the purifier is run.
+        staged: whether the view recomputes stages; then no two of their graphs are held at a time.
+    """
+    weights = {p.data_ptr() for p in defense.parameters()}
     graphs: list[float] = []
     inputs = 0.0
 
@@ -131,22 +140,38 @@ def footprint(purifier: nn.Module, x: Tensor, noise: Any) -> Footprint:
         tensors: list[Tensor] = []
         nest = emptied(given, tensors)
         inputs += sum(t.numel() * t.element_size() for t in tensors) / len(x)
-        saved: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-            return tensor
-
         leaves = _leaves(tensors, [t.is_floating_point() for t in tensors])
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with (saved := _Saved(weights)):
             output = stage(*filled(nest, iter(leaves)))
-        graphs.append(sum(size for pointer, size in saved.items() if pointer not in weights) / len(x))
+        graphs.append(saved.bytes / len(x))
         found: list[Tensor] = []
         nest = emptied(output, found)
         return filled(nest, iter([t.detach() for t in found]))
 
-    purifier(x.detach(), noise, measured)
-    return Footprint(tuple(graphs), inputs)
+    def purify(purifier: nn.Module, z: Tensor, tape: Any) -> Tensor:
+        return purifier(z, tape, measured).requires_grad_()
+
+    with torch.enable_grad(), (saved := _Saved(weights)):
+        logits = defense(x.detach().requires_grad_(), noise, purify if staged else view)
+    del logits
+    return Footprint(tuple(graphs) or (0.0,), inputs, saved.bytes / len(x))
+
+
+class _Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Counts the bytes that autograd saves within, each tensor once, weights left out."""
+
+    def __init__(self, weights: set[int]):
+        self.sizes: dict[int, int] = {}
+        super().__init__(self._note, lambda tensor: tensor)
+        self.weights = weights
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        self.sizes[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for pointer, size in self.sizes.items() if pointer not in self.weights)
 
 
 def _leaves(tensors: Any, needed: Any) -> list[Tensor]:

@@ -48,7 +48,10 @@ class Alone(Network):
     """
 
     def __init__(self, purifier: nn.Module, x: Tensor, tape: Tape):
-        part = max(purifier.children(), key=lambda m: sum(p.numel() for p in m.parameters()))
+        parts = list(purifier.children())
+        if not parts:
+            raise UsageError(f"bench: {type(purifier).__name__} has no network")
+        part = max(parts, key=lambda m: sum(p.numel() for p in m.parameters()))
         seen: list[tuple[tuple, dict]] = []
         hook = part.register_forward_pre_hook(lambda _, given, named: seen.append((given, named)), with_kwargs=True)
         with hook, torch.no_grad():

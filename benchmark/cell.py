@@ -63,7 +63,7 @@ class Settings:
     compile: bool = False
     """Compile the networks for the fixed shape of their calls."""
     channels_last: bool = False
-    """Lay out weights and images with channels last."""
+    """Lay out weights with channels last; what they are given follows."""
     shard: str | None = None
     """"I/N": only every N-th group of images, from the I-th on; processes with the same ``out`` share the work."""
     device: str = "cpu"
@@ -191,7 +191,7 @@ class Cell:
             select=self.select,
             draws=self.draws,
             seed=s.seed,
-            precision=s.precision,
+            precision=s.precision if self.attack.gradients(self.drawing) else "float32",
         )
         self.plan: Plan = plan(
             self.attack, stochastic=self.drawing, nfe=defense.nfe, n=self.n, select=self.select, draws=self.draws,
@@ -203,6 +203,8 @@ class Cell:
             display += f" [{', '.join(f'{k}={registry.show(v)}' for k, v in hidden.items())}]"
         if self.package:
             display = display.replace(self.package, f"{self.package} {version(self.package)}")
+        if self.identity.precision != "float32":
+            display += f" [gradients in {self.identity.precision}]"
         if self.view.foreknown:
             display += " [knows the verdict's draws]"
         names = self.names = described["names"] | {"attack": attack, "display": display}
@@ -243,26 +245,30 @@ class Cell:
     def footprint(self) -> Footprint:
         """What a gradient stores per row, measured on one image; nothing if the attack takes none."""
         if not self.attack.gradients(self.drawing):
-            return Footprint((0.0,), 0.0)
+            return Footprint()
         tape = Tape(self.settings.seed, "preflight", self.data.ids[:1]).to(self.device)
-        return footprint(self.attacker.purifier, self.data.images(slice(0, 1)).to(self.device), tape)
+        x, exact = self.data.images(slice(0, 1)).to(self.device), self.view.spec.name == "exact"
+        staged = exact and isinstance(self.attacker.purifier, Purifier)
+        found = footprint(self.attacker, x, tape, self.view(keep=None), staged=staged)
+        wide = PRECISIONS[self.identity.precision].dtype == torch.float64
+        return Footprint(tuple(2 * g for g in found.graphs), 2 * found.inputs, 2 * found.rest) if wide else found
 
     @cached_property
     def rows(self) -> int:
-        """Rows of every network call: as told, or as the run began, or the most that fits into memory.
+        """Rows of every network call: as the run began, or as told, or the most that fits into memory.
 
         Raises:
-            UsageError: if not even 32 rows fit.
+            NotApplicableError: if not even 32 rows fit.
         """
+        if (begun := self.folder.begun_rows(halved=self.settings.rows is not None)) is not None:
+            return begun
         if self.settings.rows is not None:
             return self.settings.rows
-        if (begun := self.folder.begun_rows()) is not None:
-            return begun
         if self.fitting == 0:
-            need = (self.footprint.inputs + max(self.footprint.graphs)) * ROWS / 2**30
-            raise UsageError(
-                f"{self}: the gradient of 32 rows needs {need:.1f} GiB even where every step is recomputed, and "
-                f"{memory.budget(self.device) / 2**30:.1f} GiB may be used here: take a device with more memory"
+            raise NotApplicableError(
+                f"{self}: the gradient of 32 rows needs {memory.size(self.footprint.least * ROWS)} even where every "
+                f"step is recomputed, and {memory.size(memory.budget(self.device))} may be used here: take a device "
+                "with more memory"
             )
         return self.fitting
 
@@ -273,7 +279,9 @@ class Cell:
 
     @property
     def most_rows(self) -> int:
-        """Rows of a network call where memory is plenty: on a GPU as many as there are, on a CPU one group's."""
+        """Rows as told, else what is taken where memory is plenty: on a GPU what fills it, on a CPU one group's."""
+        if self.settings.rows is not None:
+            return self.settings.rows
         eot, device = getattr(self.attack, "eot", 1), self.device.type
         images = BLOCK if device == "cpu" else self.n
         return max(min(MOST_ROWS.get(device, 128), images * eot // ROWS * ROWS), ROWS)
@@ -296,17 +304,18 @@ class Cell:
         if (caveat := self.attack.caveat(self.drawing)) and not s.quiet:
             print(f"note: {caveat}", file=sys.stderr)
         self.prepare()
-        self.folder.open(self.n, self.data.shape, rows=self.rows, mixed_environment=s.mixed_environment)
-        self._preflight()
         while True:
             try:
+                self.folder.open(self.n, self.data.shape, rows=self.rows, mixed_environment=s.mixed_environment)
+                self._preflight()
                 Engine(self).run(began)
                 return self.folder.finish()
             except NotApplicable as error:
                 self.folder.discard()
                 raise NotApplicableError(f"{self}: not applicable: {error}") from error
-            except torch.cuda.OutOfMemoryError as error:
-                self._halve(error)
+            except torch.cuda.OutOfMemoryError:
+                pass  # the error holds on to the failed call's tensors: it must be gone before they are given back
+            self.halve()
 
     def left(self) -> list[int]:
         """The positions of the images that this process has yet to do."""
@@ -326,15 +335,18 @@ class Cell:
                     if network._compiled_call_impl is None:
                         network.compile(dynamic=False)
 
-    def _halve(self, error: Exception) -> None:
-        """Halve the rows after memory ran out; searches under way begin again, for bytes may depend on rows."""
-        if self.rows <= ROWS:
-            raise RunError(
-                f"{self}: memory ran out at 32 rows: take a device with more, or a smaller network"
-            ) from error
-        before, self.rows = self.rows, max(self.rows // 2 // ROWS * ROWS, ROWS)  # type: ignore[misc]
+    def halve(self) -> None:
+        """Halve the rows after memory ran out; searches under way begin again, for bytes may depend on rows.
+
+        Raises:
+            RunError: at 32 rows.
+        """
+        rows = self.__dict__.get("rows", ROWS)
+        if rows <= ROWS:
+            raise RunError(f"{self}: memory ran out at 32 rows: take a device with more of it")
+        self.rows = max(rows // 2 // ROWS * ROWS, ROWS)  # type: ignore[misc]
         self.__dict__.pop("keep", None)
-        print(f"note: memory ran out at {before} rows; going on with {self.rows}", file=sys.stderr)
+        print(f"note: memory ran out at {rows} rows; going on with {self.rows}", file=sys.stderr)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.folder.halved(self.rows)

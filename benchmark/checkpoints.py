@@ -120,7 +120,7 @@ class Shelf:
 
 
 def _bytes(component: Component) -> int:
-    return sum(p.numel() * p.element_size() for p in component.module.parameters())
+    return sum(t.numel() * t.element_size() for t in component.module.state_dict().values())
 
 
 def build(kind: str, text: str | Spec, need: Need) -> Component:

@@ -99,11 +99,12 @@ def _run(arguments: argparse.Namespace) -> int:
     from benchmark.results import read_run
 
     signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-    settings = _settings(arguments)
+    settings, began = _settings(arguments), time.monotonic()
+    print("timing a batch of each defense", file=sys.stderr, flush=True)
     # a slip in the last spec shows now, not after the hours that the first cells take; so does what they will take
     prices = {str(cell.folder.folder): _price(cell) for cell in _cells(arguments, settings)}
     _agree(sum(p.hours or 0 for p in prices.values() if p), arguments)
-    folders, unfit, failed, began = [], [], False, time.monotonic()
+    folders, unfit, failed = [], [], False
     for cell in _cells(arguments, settings):
         if arguments.stop_after is not None:
             cell.settings.stop_after = arguments.stop_after - (time.monotonic() - began)
@@ -138,7 +139,7 @@ def _price(cell: Any) -> Any:
     from benchmark.plan import price
 
     try:
-        return price(cell) if cell.left() else None
+        return price(cell)
     except (NotApplicableError, UsageError, RunError, RuntimeError):
         return None
 
@@ -150,7 +151,7 @@ def _agree(hours: float, arguments: argparse.Namespace) -> None:
     most = arguments.max_hours
     if most is None:
         most = 8.0 if _device(arguments.device) == "cpu" else float("inf")
-    if hours > most and not arguments.yes:
+    if not hours <= most and not arguments.yes:
         raise UsageError(
             f"this takes about {duration(hours)} here, and --max-hours is {most:g}: nothing was run. --yes runs it "
             "anyway (it can be stopped and continued); plan shows each cell; fewer --n-examples, a smaller --budget, "

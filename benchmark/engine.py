@@ -42,7 +42,7 @@ class Engine:
 
     def __init__(self, cell: Cell):
         self.cell, self.began = cell, time.monotonic()
-        self.calls = Batcher(cell.rows, PRECISIONS[cell.settings.precision]())
+        self.calls = Batcher(cell.rows, PRECISIONS[cell.identity.precision]())
         self.judge = Judge(cell, self.calls)
         self.view = cell.view(keep=cell.keep)
         self.done: dict[int, dict[str, Any]] = {}

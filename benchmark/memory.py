@@ -15,19 +15,37 @@ CPU_BUDGET = 3 << 30
 def budget(device: torch.device) -> int:
     """Bytes that graphs may take: half of what is free, on a CPU at most 3 GiB."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] // 2
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + cached) // 2
     return min(CPU_BUDGET, free() // 2)
 
 
+def size(count: float) -> str:
+    """Bytes in a unit that fits."""
+    for unit, of in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= of:
+            return f"{count / of:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
 def free() -> int:
-    """Bytes of main memory that are free or can be freed at once."""
+    """Bytes of main memory that are free or can be freed at once, within what a container allows."""
     if os.path.exists("/proc/meminfo"):
         with open("/proc/meminfo") as lines:
             found = dict(line.split(":") for line in lines)
-        return int(found["MemAvailable"].split()[0]) << 10
+        return min(int(found["MemAvailable"].split()[0]) << 10, _allowed())
     if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return 2 * CPU_BUDGET
+
+
+def _allowed() -> int:
+    """Bytes that a container still allows; more than there are where it allows all."""
+    try:
+        with open("/sys/fs/cgroup/memory.max") as most, open("/sys/fs/cgroup/memory.current") as now:
+            return int(most.read()) - int(now.read())
+    except (OSError, ValueError):  # no container, or "max"
+        return sys.maxsize
 
 
 def keep_freed() -> bool:

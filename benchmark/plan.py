@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from attacks import PRECISIONS, Attack, Calls, NotApplicable
 from attacks._calls import Request
 from attacks._gradient import ce
+from attacks._recompute import ROWS
+from benchmark import memory
 from benchmark.errors import NotApplicableError
-from purifiers import Tape
+from purifiers import Defense, Tape
 
 if TYPE_CHECKING:
     from benchmark.cell import Cell
@@ -71,7 +76,7 @@ class Price(NamedTuple):
         keep: how many of the purifier's last stages keep their graphs; None for all.
         fits: "fits", "fits with K rows" where memory allows fewer than would be taken, or "doesn't fit".
         graph_bytes: what a gradient at this row count stores.
-        disk_bytes: images and logits that the run will write, before compression.
+        disk_bytes: images and logits that are still to be written, before compression.
     """
 
     rows: int
@@ -85,13 +90,21 @@ class Price(NamedTuple):
 
     def __str__(self) -> str:
         if self.hours is None:
-            return f"      doesn't fit: the gradient of 32 rows stores {_size(self.graph_bytes)}"
-        graphs = "all graphs kept" if self.keep is None else f"graphs of the last {self.keep} stages kept"
-        gradient = f", {self.gradient:.2g} s with its gradient" if self.gradient else ""
-        return (
-            f"      about {duration(self.hours)}: {self.forward:.2g} s a call of {self.rows} rows{gradient}; "
-            f"{self.fits}, {graphs} ({_size(self.graph_bytes)}); {_size(self.disk_bytes)} of disk"
-        )
+            return f"      doesn't fit: the gradient of 32 rows stores {memory.size(self.graph_bytes)}"
+        if self.hours == 0:
+            return "      all images are recorded: nothing to compute"
+        parts = [f"about {duration(self.hours)}: {_time(self.forward)} a call of {self.rows} rows"]
+        if self.gradient:
+            graphs = {None: "all graphs kept", 0: "every step recomputed"}.get(
+                self.keep, f"graphs of the last {self.keep} stages kept"
+            )
+            parts[0] += f", {_time(self.gradient)} with its gradient"
+            parts.append(f"{self.fits}, {graphs} ({memory.size(self.graph_bytes)})")
+        return "      " + "; ".join([*parts, f"{memory.size(self.disk_bytes)} of disk"])
+
+
+TIMED: WeakKeyDictionary[Defense, dict[tuple, float]] = WeakKeyDictionary()
+"""Seconds of calls that were timed, by defense: the cells of a grid share them."""
 
 
 def price(cell: Cell) -> Price:
@@ -101,39 +114,37 @@ def price(cell: Cell) -> Price:
         NotApplicableError: if the cell's view asks the purifier for what it doesn't have.
     """
     cell.check_classes()
-    classes, shape = cell.data.form.classes, cell.data.shape
-    pixels = shape[0] * shape[1] * shape[2]
-    disk = 4 * cell.n * (pixels + classes * (3 * cell.draws + cell.select))
-    feet = cell.footprint
-    if cell.settings.rows is None and cell.fitting == 0:
-        return Price(32, 0, 0, None, 0, "doesn't fit", 32 * (feet.inputs + max(feet.graphs)), disk)
-    rows = cell.rows
-    fits = "fits" if rows >= min(cell.most_rows, cell.settings.rows or rows) else f"fits with {rows} rows"
-    index = torch.arange(rows) % len(cell.data)
-    x, y = cell.data.images(index).to(cell.device), cell.data.labels[index].to(cell.device)
-    tape = Tape(cell.settings.seed, "preflight", cell.data.ids[index], torch.arange(rows) // len(cell.data))
-    tape = tape.to(cell.device)
-    cell.prepare()
-    calls = Calls(rows, PRECISIONS[cell.settings.precision]())
-    forward = _seconds(calls, Request(cell.defense, None, x, tape, 1), cell.device)
-    gradient = 0.0
-    if cell.plan.backwards:
-        view = cell.view(keep=cell.keep)
-        try:
-            gradient = _seconds(
-                calls, Request(cell.attacker, view, x, tape, 1, ce, (y,), gradient=True), cell.device
-            )  # fmt: skip
-        except NotApplicable as error:
-            raise NotApplicableError(f"{cell}: not applicable: {error}") from error
+    left = len(cell.left())
+    classes, pixels = cell.data.form.classes, math.prod(cell.data.shape)
+    disk = 4 * left * (pixels + classes * (3 * cell.draws + cell.select))
+    if not left:
+        return Price(cell.rows, 0, 0, 0, None, "fits", 0, 0)
+    try:
+        feet, wanted, fitting = cell.footprint, cell.most_rows, cell.fitting
+        if fitting == 0:
+            return Price(ROWS, 0, 0, None, 0, "doesn't fit", ROWS * feet.least, disk)
+        fits = "fits" if fitting >= wanted else f"fits with {fitting} rows"
+        cell.prepare()
+        while True:
+            try:
+                forward, gradient = _forward(cell), _gradient(cell)
+                break
+            except torch.cuda.OutOfMemoryError:
+                pass
+            cell.halve()
+            fits = f"fits with {cell.rows} rows"
+    except NotApplicable as error:
+        raise NotApplicableError(f"{cell}: not applicable: {error}") from error
+    except torch.cuda.OutOfMemoryError:  # for a single image
+        return Price(ROWS, 0, 0, None, 0, "doesn't fit", float("nan"), disk)
     p = cell.plan
-    a_row = (p.forwards - p.backwards) * forward + p.backwards * gradient
-    kept = sum(feet.graphs[len(feet.graphs) - cell.keep :]) if cell.keep is not None else sum(feet.graphs)
-    kept += feet.inputs + max(feet.graphs) if cell.keep is not None else 0
-    return Price(rows, forward, gradient, len(cell.left()) * a_row / rows / 3600, cell.keep, fits, rows * kept, disk)
+    seconds = left * ((p.forwards - p.backwards) * forward + p.backwards * gradient) / cell.rows
+    graphs = cell.rows * feet.stored(cell.keep)
+    return Price(cell.rows, forward, gradient, seconds / 3600, cell.keep, fits, graphs, disk)
 
 
 def total(prices: list[Price], devices: int) -> dict[str, Any]:
-    """Hours of all cells, on this device and, their images split among them, on several."""
+    """Hours of all cells that fit, on this device and, their images split among them, on several."""
     hours = sum(p.hours or 0 for p in prices)
     return {
         "hours": hours, "devices": devices, "hours_on_devices": hours / devices,
@@ -143,22 +154,55 @@ def total(prices: list[Price], devices: int) -> dict[str, Any]:
 
 def duration(hours: float) -> str:
     """Hours as people say them."""
-    if hours >= 1:
-        return f"{hours:,.1f} h"
-    return f"{hours * 60:.0f} min" if hours * 60 >= 1 else f"{max(hours * 3600, 1):.0f} s"
+    for unit, of in (("h", 1.0), ("min", 1 / 60)):
+        if hours >= of:
+            return f"{hours / of:,.1f} {unit}" if hours < 10 * of else f"{hours / of:,.0f} {unit}"
+    return f"{max(hours * 3600, 1):.0f} s"
 
 
-def _seconds(calls: Calls, request: Request, device: torch.device) -> float:
+def _time(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def _batch(cell: Cell) -> tuple[Tensor, Tensor, Tape]:
+    """As many images as a call takes, their labels and noise."""
+    index = torch.arange(cell.rows) % len(cell.data)
+    tape = Tape(cell.settings.seed, "preflight", cell.data.ids[index], torch.arange(cell.rows) // len(cell.data))
+    return cell.data.images(index).to(cell.device), cell.data.labels[index].to(cell.device), tape.to(cell.device)
+
+
+def _forward(cell: Cell) -> float:
+    """Seconds of a call of the defense that is judged."""
+    x, _, tape = _batch(cell)
+    return _seconds(cell, cell.defense, "forward", Request(cell.defense, None, x, tape, 1))
+
+
+def _gradient(cell: Cell) -> float:
+    """Seconds of a call of what the attacker differentiates; 0 for one who doesn't."""
+    if not cell.plan.backwards:
+        return 0.0
+    x, y, tape = _batch(cell)
+    request = Request(cell.attacker, cell.view(keep=cell.keep), x, tape, 1, ce, (y,), gradient=True)
+    return _seconds(cell, cell.attacker, f"{cell.view} {cell.identity.precision}", request)
+
+
+def _seconds(cell: Cell, defense: Defense, what: str, request: Request) -> float:
+    """How long a call takes: the second one, unless the first took so long that what it sets up is lost in it."""
+    calls = Calls(cell.rows, PRECISIONS[cell.identity.precision]())
+    timed = TIMED.setdefault(defense, {})
+    key = (what, cell.rows, cell.keep)
+    if key not in timed:
+        timed[key] = _once(calls, request, cell.device)
+        if timed[key] < 5 or cell.settings.compile:
+            timed[key] = _once(calls, request, cell.device)
+    return timed[key]
+
+
+def _once(calls: Calls, request: Request, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     began = time.perf_counter()
     calls.ask(request)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - began
-
-
-def _size(count: float) -> str:
-    """Bytes in a unit that fits."""
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count:.0f} bytes"

@@ -140,14 +140,19 @@ class Run:
             return []
         return torch.load(path, weights_only=True).get("lanes", [])
 
-    def begun_rows(self) -> int | None:
-        """The row count with which the run was begun; None if nothing was."""
+    def begun_rows(self, *, halved: bool = False) -> int | None:
+        """The row count that the run has; None if nothing of it was done, or, if asked for, it was never halved."""
         path = self.folder / "run.json"
-        return json.loads(path.read_text())["environment"]["rows"] if path.exists() and self._begun() else None
+        found = json.loads(path.read_text()) if path.exists() else {}
+        if not found or not (self._begun() or "halved_to" in found) or (halved and "halved_to" not in found):
+            return None
+        return found["environment"]["rows"]
 
     def halved(self, rows: int) -> None:
         """Memory ran out: forget what was under way, and note the new row count beside the one it began with."""
-        with writing(self.folder):
+        if not (self.folder / "run.json").exists():
+            return  # a batch that was timed
+        with self._alone(), writing(self.folder):
             (self.folder / self.state).unlink(missing_ok=True)
             self.settings.setdefault("halved_to", []).append(rows)
             self.settings["environment"]["rows"] = rows
@@ -212,7 +217,7 @@ class Run:
     def _check_environment(self, found: dict[str, Any], mixed: bool) -> None:
         """Refuse to continue where other versions or another machine began, or without the images found so far."""
         old, new = (dict(s["environment"]) for s in (found, self.settings))
-        differ = [k for k in new if k != "commit" and old.get(k) != new[k]]
+        differ = [k for k in {**old, **new} if k != "commit" and old.get(k) != new.get(k)]
         begun = self._begun()
         if begun and not (self.folder / "adversarial.npy").exists():
             raise UsageError(
@@ -220,13 +225,15 @@ class Run:
                 "records only): choose another --out to measure anew"
             )
         if differ and not mixed and begun:
-            changes = ", ".join(f"{k}: {old.get(k)} → {new[k]}" for k in differ)
+            changes = ", ".join(f"{k}: {old.get(k)} → {new.get(k)}" for k in differ)
             raise UsageError(
                 f"{self.folder} was begun in another environment ({changes}); "
                 "continue it there, or pass --mixed-environment, which the table will say"
             )
         if begun:  # the commit that began the run; timing.jsonl has one per block
             self.settings["environment"] = new | {"commit": old.get("commit")}
+        if "halved_to" in found:
+            self.settings["halved_to"] = found["halved_to"]
         self.settings["mixed_environment"] = bool(differ and begun) or found.get("mixed_environment", False)
 
     def _room(self, n: int, shape: tuple[int, int, int]) -> None:

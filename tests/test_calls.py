@@ -248,3 +248,22 @@ def test_nothing_in_the_loop_waits_for_the_device(case, make):
 def test_the_guard_sees_a_wait():
     with pytest.raises(AssertionError, match="waits for the device"), NoHost():
         float(images(1).sum())
+
+
+def test_attention_is_fused(monkeypatch):
+    """A U-Net with attention asks torch's own kernel, which is the fused one where there is one."""
+    from diffusers import UNet2DModel
+
+    asked, kernel = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*arguments, **named):
+        asked.append(arguments[0].shape)
+        return kernel(*arguments, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    net = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("AttnDownBlock2D",), up_block_types=("AttnUpBlock2D",),
+    )  # fmt: skip
+    net(torch.zeros(2, 1, 8, 8), 3)
+    assert asked

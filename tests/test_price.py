@@ -86,8 +86,7 @@ def budget(monkeypatch):
 @pytest.fixture
 def floor(cell) -> float:
     """Bytes of a gradient of 32 rows where every stage is recomputed: less, and nothing fits."""
-    found = cell().footprint
-    return ROWS * (found.inputs + max(found.graphs))
+    return ROWS * cell().footprint.least
 
 
 def strictly(text: str) -> Any:
@@ -152,7 +151,16 @@ def test_a_view_that_does_not_apply_is_named_and_the_other_cells_are_priced(comm
 
 @pytest.mark.parametrize(
     ("seconds", "words"),
-    [(0, "1 s"), (5, "5 s"), (59, "59 s"), (60, "1 min"), (1800, "30 min"), (3600, "1.0 h"), (4_444_200, "1,234.5 h")],
+    [
+        (0, "1 s"),
+        (5, "5 s"),
+        (59, "59 s"),
+        (60, "1.0 min"),
+        (90, "1.5 min"),
+        (1800, "30 min"),
+        (3600, "1.0 h"),
+        (4_444_200, "1,234 h"),
+    ],
 )
 def test_hours_as_people_say_them(seconds, words):
     assert duration(seconds / 3600) == words
@@ -166,7 +174,7 @@ def test_a_price_in_words():
     )
     assert "gradient" not in str(price._replace(gradient=0.0)), "of an attack that takes none"
     assert "e+" not in str(price._replace(forward=123.4, gradient=456.7)), "seconds, not powers of ten"
-    unfit = str(price._replace(fits="doesn't fit", hours=float("inf")))
+    unfit = str(price._replace(fits="doesn't fit", hours=None))
     assert "doesn't fit" in unfit and "3.0 GiB" in unfit and "inf" not in unfit
 
 
@@ -214,11 +222,11 @@ def test_rows_that_were_asked_for_and_do_not_fit_are_not_said_to(plan, floor, bu
 
 
 def test_what_does_not_fit_has_no_price_and_the_document_stays_json(plan, floor, budget):
-    budget(floor / 2)
+    budget(0.9 * floor)
     found = plan("--purifier", "identity,diffpure")
     identity, diffpure = found["cells"]
     assert diffpure["fits"] == "doesn't fit" and diffpure["graph_bytes"] == pytest.approx(floor)
-    assert diffpure["hours"] is None and found["hours"] == (identity["hours"] or 0), "the sum is of what can run"
+    assert diffpure["hours"] is None and found["hours"] == identity["hours"] > 0, "the sum is of what can run"
 
 
 @pytest.mark.parametrize("more", [[], ["--yes"]], ids=["", "yes"])
@@ -226,21 +234,25 @@ def test_what_does_not_fit_is_not_run_and_the_memory_it_takes_is_named(command, 
     budget(floor / 2)
     assert command("run", *more) == cli.USAGE
     message = capsys.readouterr().err
-    assert "the gradient of 32 rows needs" in message and "GiB" in message and "a device with more memory" in message
+    assert (
+        "the gradient of 32 rows needs" in message
+        and "iB may be used here" in message
+        and "a device with more memory" in message
+    )
     assert "inf h" not in message
     assert not (tmp_path / "out").exists()
 
 
 def test_a_cell_that_does_not_fit_costs_no_other_cell_its_row(command, floor, budget, tmp_path, capsys):
-    budget(floor / 2)
+    budget(0.9 * floor)
     assert command("run", *QUICK[:2], "--no-preflight", "--purifier", "identity,diffpure") != cli.INCOMPLETE
     output = capsys.readouterr()
-    assert "diffpure" in output.err and "GiB" in output.err
-    assert "| identity |" in output.out or not (tmp_path / "out").exists(), "hours of work without a table"
+    assert "diffpure" in output.err and "iB may be used here" in output.err
+    assert "| identity |" in output.out, "hours of work without a table"
 
 
 def test_graphs_are_kept_as_far_as_memory_goes(cell, floor, budget):
-    whole = ROWS * sum(cell().footprint.graphs)
+    whole = ROWS * cell().footprint.stored(None)
     kept = []
     for count in (PLENTY, whole, 0.9 * whole, 0.7 * whole, 1.1 * floor, 0.9 * floor, 0):
         budget(count)
@@ -251,7 +263,7 @@ def test_graphs_are_kept_as_far_as_memory_goes(cell, floor, budget):
 
 def test_copies_of_an_image_take_the_memory_of_so_many_images(plan):
     one, two = (plan("--copies", n, "--batch-size", "32")["cells"][0]["graph_bytes"] for n in "12")
-    assert two == pytest.approx(2 * one)
+    assert two == pytest.approx(2 * one, rel=0.01)
 
 
 @pytest.mark.parametrize("view", ["blind", "bpda"])
@@ -416,7 +428,7 @@ def test_the_shelf_forgets_what_was_not_asked_for_longest(weights, monkeypatch):
         return [text for _, text, _ in shelf.built]
 
     diffpure, resnet = ask("diffpure"), ask("resnet")
-    room = sum(p.numel() * 4 for c in (diffpure, resnet) for p in c.module.parameters())
+    room = sum(t.numel() * t.element_size() for c in (diffpure, resnet) for t in c.module.state_dict().values())
     monkeypatch.setattr(checkpoints.Shelf, "LIMIT", room)
     assert ask("diffpure") is diffpure
     ask("resnet-at")  # as large as resnet, whose place it takes
