@@ -12,8 +12,8 @@ from torch import Tensor
 from attacks._gradient import Evaluation, Victim, margin
 from attacks._threat import ThreatModel
 
-RETIRE_EVERY = 5
-"""Iterations between two questions whether an image may leave."""
+RETIRE_FIRST = 5
+"""Iterations before it is first asked whether an image may leave."""
 
 State: TypeAlias = dict[str, Tensor]
 Watch: TypeAlias = Callable[[int, State], None]
@@ -131,9 +131,11 @@ class Attack(ABC):
     def retires(self, k: int, state: State, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> bool:
         """Whether all images leave after iteration k: each lost, and then wrong in ``retire`` draws that are new.
 
-        Every fifth iteration asks, so that an image that is often but not always wrong doesn't pay for each.
+        It is asked after 5, 10, 20, 40, … iterations: an image that is nearly lost would else pay for its draws over
+        and over.
         """
-        if (k + 1) % RETIRE_EVERY:
+        asked, rest = divmod(k + 1, RETIRE_FIRST)
+        if rest or asked & (asked - 1):
             return False
         lost, eot = self.lost(state), self.retire if victim.stochastic else 1
         for v in torch.nonzero(lost.any(1)).flatten().tolist():

@@ -41,8 +41,8 @@ def philox4x32(
     k0, k1 = key
     for _ in range(rounds):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = ((p1 >> 32) ^ c1 ^ k0) & _MASK, p1
-        c2, c3 = ((p0 >> 32) ^ c3 ^ k1) & _MASK, p0
+        c0, c1 = ((p1 >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(_MASK), p1
+        c2, c3 = ((p0 >> 32) ^ c3).bitwise_xor_(k1).bitwise_and_(_MASK), p0
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return [c0, c1 & _MASK, c2, c3 & _MASK]
 
@@ -112,10 +112,10 @@ class Tape:
     def normal(self, *site: Site, like: Tensor) -> Tensor:
         # Box-Muller on 24-bit uniforms in (0, 1], in float32 whatever the caller's precision: one draw for all
         words = self._words(("normal", *site), like)
-        u = ((words >> 8) + 1).to(torch.float32) * 2.0**-24
-        radius = torch.sqrt(-2 * torch.log(u[..., 0::2]))
+        u = (words >> 8).add_(1).to(torch.float32).mul_(2.0**-24)
+        radius = u[..., 0::2].log().mul_(-2).sqrt_()
         angle = 2 * math.pi * u[..., 1::2]
-        return self._rows(torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), -1), like)
+        return self._rows(torch.stack((radius * angle.cos(), radius * angle.sin()), -1), like)
 
     def uniform(self, *site: Site, like: Tensor) -> Tensor:
         words = self._words(("uniform", *site), like)

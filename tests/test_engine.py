@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from attacks import NORMS, Calls, Victim
-from attacks._base import RETIRE_EVERY
 from attacks._views import Exact
 from attacks.apgd import APGD
 from attacks.autoattack import AutoAttack
@@ -167,7 +166,7 @@ def test_the_lost_retire_and_the_others_go_on(tmp_path, attack):
     ).plan
     assert whole.upper_bound
     lost, safe, between = result.records
-    assert cost[0] < cost[1] and max(cost[1:]) <= whole.forwards + 16 * 20 // RETIRE_EVERY * 3
+    assert cost[0] < cost[1] and max(cost[1:]) <= whole.forwards + 16 * 4 * 2
     assert set(lost["adv"]) == {1} and lost["broken_at"] >= 0
     assert set(safe["adv"]) == {0} and safe["forwards"] == whole.forwards
     assert "retire 16" in result.rows[0]["display"]
