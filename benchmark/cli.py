@@ -512,6 +512,9 @@ def _bench(arguments: argparse.Namespace) -> int:
     from benchmark.config import slug
     from benchmark.results import replace
 
+    if arguments.path:
+        print(bench.render(bench.saved(Path(arguments.path))), end="")
+        return DONE
     measured = bench.Bench(
         arguments.purifier, arguments.classifier, arguments.dataset, _device(arguments.device), arguments.batch_size,
         arguments.repetitions,

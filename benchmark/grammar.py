@@ -113,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     fetch.add_argument("--list", action="store_true", help="fetch nothing; print address, path, size and sha256")
 
     bench = _command(commands, "bench", "time gradients and attacks against their networks alone; a minute or two")
+    bench.add_argument("path", nargs="?", metavar="FILE.json", help="measure nothing, print what was saved there")
     bench.add_argument("--purifier", default="diffpure", metavar="SPEC", help="with an option steps (diffpure)")
     bench.add_argument("--classifier", default="resnet", metavar="SPEC", help="(resnet)")
     bench.add_argument("--dataset", default="fashion-mnist", help="a data set's spec (fashion-mnist)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -271,3 +272,17 @@ def test_nothing_is_differentiated_twice(make):
     (gradient,) = torch.autograd.grad(purified.sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="does not require grad|once_differentiable"):
         torch.autograd.grad(gradient.sum(), x)
+
+
+@pytest.mark.slow
+def test_compiled_networks_find_what_plain_ones_find(tmp_path, tiny_defense, tiny_images):
+    """In the last digits they may differ, and say so: another environment, which a plain run doesn't continue."""
+    runs = {}
+    for compiled in (False, True):
+        fresh = Defense(copy.deepcopy(tiny_defense.purifier), copy.deepcopy(tiny_defense.classifier))
+        settings = SETTINGS | {"n": 32, "rows": 32, "out": tmp_path / str(compiled), "compile": compiled}
+        runs[compiled] = evaluate(fresh, tiny_images, ATTACKS[0], **settings)
+    plain, fused = ([r["adv"] + r["clean"] for r in runs[compiled].records] for compiled in (False, True))
+    assert np.mean(np.array(plain) == np.array(fused)) > 0.97
+    environment = json.loads((runs[True].folder / "run.json").read_text())["environment"]
+    assert environment["compile"] is True

@@ -572,6 +572,11 @@ def test_bench_prints_one_object_and_writes_it_under_the_name_of_the_device(time
     assert page.stem.endswith(f"-{torch.get_num_threads()}-threads")
     assert document.read_text() == printed
     text = page.read_text()
+    assert timed(str(document)) == cli.DONE
+    assert capsys.readouterr().out == text, "a saved measurement is printed again as it was"
+    (tmp_path / "other.json").write_text("[]")
+    assert timed(str(tmp_path / "other.json")) == cli.USAGE
+    assert "isn't what bench --json prints" in capsys.readouterr().err
     assert "2 rows, 1 repetitions" in text and "| occupancy | " in text and "| float64 | 1.000000" in text
 
 

@@ -269,3 +269,32 @@ def test_a_torn_line_of_another_shard_is_left_to_it(tmp_path, run):
 def test_a_shard_that_is_none_is_refused(run, shard):
     with pytest.raises(UsageError, match="expected I/N"):
         run("none", shard=shard)
+
+
+SHARD = """
+import sys
+import torch
+from benchmark import evaluate
+from purifiers import Defense
+from tests.test_evaluate import Linear, TwoLogits, gaussian
+
+torch.set_num_threads(1)
+evaluate(Defense(Linear(), TwoLogits()), gaussian(200), "pgd:steps=60,eot=4", eps="1/64", n=200,
+         out=sys.argv[1], shard=sys.argv[2], quiet=True)
+"""
+
+
+@pytest.mark.slow
+def test_shards_that_run_at_the_same_time_end_in_one_run(tmp_path):
+    """Real processes on one folder; nobody waits for anybody."""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", SHARD, str(tmp_path / "shared"), f"{k}/3"], cwd=ROOT) for k in (1, 2, 3)
+    ]
+    assert [process.wait(300) for process in processes] == [0, 0, 0]
+    whole = evaluate(
+        Defense(Linear(), TwoLogits()), gaussian(200), "pgd:steps=60,eot=4", eps="1/64", n=200, out=tmp_path / "whole",
+        quiet=True,
+    )  # fmt: skip
+    folder = tmp_path / "shared" / whole.folder.relative_to(tmp_path / "whole")
+    assert outcome(folder) == outcome(whole.folder)
+    assert not list(folder.glob("journal*")) and not (folder / "logits").exists()
