@@ -92,7 +92,7 @@ class Bench:
             "retire": retire,
             "profile": self._profile(),
         }
-        found["checks"] = [check._asdict() for check in _checks(found)]
+        found["checks"] = _checks(found)
         found["seconds"] = time.monotonic() - began
         return found
 
@@ -341,24 +341,23 @@ def _processor() -> str:
     return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
 
 
-def _checks(found: dict[str, Any]) -> list[Check]:
-    """The bars; on a machine that others use, too, a missed one says little."""
+def _checks(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The bars, by the median; on a machine that others use, too, a missed one says little."""
     checks = []
 
-    def at_most(name: str, value: float, bar: str) -> None:
-        status = "pass" if value <= BARS[bar] else "warn"
-        checks.append(Check(name, status, value, BARS[bar], "repeat on an idle machine"))
+    def judge(name: str, spread: dict[str, float], bar: str, advice: str = "repeat on an idle machine") -> None:
+        value = spread["median"]
+        good = value >= BARS[bar] if bar == "occupancy" else value <= BARS[bar]
+        check = Check(name, "pass" if good else "warn", value, BARS[bar], advice)
+        checks.append(check._asdict() | {"low": spread["low"], "high": spread["high"]})
 
     for length in found["lengths"]:
-        t = length["steps"]
-        at_most(f"purification-{t}", length["purification_ratio"]["median"], "purification")
-        at_most(f"gradient-kept-{t}", length["kept_ratio"]["median"], "gradient")
-        at_most(f"gradient-recomputed-{t}", length["recomputed_ratio"]["median"], "gradient")
-    at_most("attack-to-full-batch", found["attack"]["full_batch_ratio"]["median"], "attack")
-    at_most("outside-network", found["attack"]["outside_network_share"]["median"], "outside")
-    occupancy = found["attack"]["occupancy"]["median"]
-    status = "pass" if occupancy >= BARS["occupancy"] else "warn"
-    checks.append(Check("occupancy", status, occupancy, BARS["occupancy"], "attack more images at a time"))
+        judge(f"purification-{length['steps']}", length["purification_ratio"], "purification")
+        judge(f"gradient-kept-{length['steps']}", length["kept_ratio"], "gradient")
+        judge(f"gradient-recomputed-{length['steps']}", length["recomputed_ratio"], "gradient")
+    judge("attack-to-full-batch", found["attack"]["full_batch_ratio"], "attack")
+    judge("outside-network", found["attack"]["outside_network_share"], "outside")
+    judge("occupancy", found["attack"]["occupancy"], "occupancy", "attack more images at a time")
     return checks
 
 
@@ -428,12 +427,15 @@ def render(found: dict[str, Any]) -> str:
         "",
         "| bar | measured | at most (occupancy: at least) | |",
         "|---|---|---|---|",
-        *(
-            f"| {c['id']} | {c['value']:.3f} | {c['threshold']} | {'met' if c['status'] == 'pass' else 'missed'} |"
-            for c in found["checks"]
-        ),
+        *(f"| {c['id']} | {c['value']:.3f} | {c['threshold']} | {_verdict(c)} |" for c in found["checks"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _verdict(check: dict[str, Any]) -> str:
+    """Whether the median meets its bar, and whether the bar lies within the spread."""
+    word = "met" if check["status"] == "pass" else "missed"
+    return word + (", within the spread" if check["low"] <= check["threshold"] <= check["high"] else "")
 
 
 def _text(spread: dict[str, float], scale: float = 1, form: str = ".3f") -> str:

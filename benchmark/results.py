@@ -141,10 +141,14 @@ class Run:
         return torch.load(path, weights_only=True).get("lanes", [])
 
     def begun_rows(self, *, halved: bool = False) -> int | None:
-        """The row count that the run has; None if nothing of it was done, or, if asked for, it was never halved."""
+        """The row count that the run has, by this process or one it shares it with; None if it may still choose.
+
+        With ``halved`` only a count that memory forced upon it.
+        """
         path = self.folder / "run.json"
         found = json.loads(path.read_text()) if path.exists() else {}
-        if not found or not (self._begun() or "halved_to" in found) or (halved and "halved_to" not in found):
+        shared = self.state != "state.pt"
+        if not found or not ("halved_to" in found if halved else self._begun() or shared or "halved_to" in found):
             return None
         return found["environment"]["rows"]
 

@@ -561,7 +561,7 @@ def test_bench_prints_one_object_and_writes_it_under_the_name_of_the_device(time
     assert 0 < found["attack"]["occupancy"]["median"] <= 1 and found["retire"]["time_ratio"] > 0
     assert len(found["checks"]) == 3 * 2 + 3
     for check in found["checks"]:
-        assert set(check) == {"id", "status", "value", "threshold", "advice"}
+        assert set(check) == {"id", "status", "value", "threshold", "advice", "low", "high"}
         met = (
             check["value"] >= check["threshold"] if check["id"] == "occupancy" else check["value"] <= check["threshold"]
         )
