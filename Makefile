@@ -34,7 +34,7 @@ check: install
 
 # A few minutes; compare only with what the same machine said at the same load.
 bench: install
-	$(BIN)/python -m benchmark bench --batch-size 32 --repetitions 5 --out results/bench $(ARGS)
+	$(BIN)/python -m benchmark bench --batch-size 32 --repetitions 5 --compile --out results/bench $(ARGS)
 
 # Every format from the recorded results into SITE, and the tables of the documents anew.
 report: install

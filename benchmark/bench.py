@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from attacks import PRECISIONS, Batcher, Calls, Victim
 from attacks._calls import Request, Search
@@ -79,7 +81,8 @@ class Bench:
     def run(self, *, compiled: bool = False) -> dict[str, Any]:
         """Everything; with ``compiled`` also compiled networks, which takes minutes."""
         began = time.monotonic()
-        lengths = [self._length(steps) for steps in LENGTHS]
+        lengths = [self._length(steps) for steps in tqdm(LENGTHS, desc="gradients", unit="length")]
+        print("attacks, precisions, the network alone", file=sys.stderr, flush=True)
         attack, retire = self._attack(), self._retire()
         found = {
             "environment": environment(str(self.device)) | {"processor": _processor(), "rows": self.rows},
@@ -403,10 +406,11 @@ def render(found: dict[str, Any]) -> str:
     variants = {k.removesuffix("_ratio"): v for k, v in network.items() if k.endswith("_ratio")}
     lines += [
         "",
-        f"A whole attack, {attack['spec']} on {attack['purifier']}, {attack['images']} images in calls of "
-        f"{attack['rows']} rows: {_text(attack['image_iterations_per_second'], 1, '.1f')} images × iterations per "
-        f"second; occupancy {share(attack['occupancy'])} %; time per row {_text(attack['full_batch_ratio'])} of a full "
-        f"call's; {share(attack['outside_network_share'])} % of the time outside of networks.",
+        f"The searches of a whole attack, without verdicts: {attack['spec']} on {attack['purifier']}, "
+        f"{attack['images']} images in calls of {attack['rows']} rows: "
+        f"{_text(attack['image_iterations_per_second'], 1, '.1f')} images × iterations per second; occupancy "
+        f"{share(attack['occupancy'])} %; time per row {_text(attack['full_batch_ratio'])} of a full call's; "
+        f"{share(attack['outside_network_share'])} % of the time outside of networks.",
         "",
         "| gradient in | cosine with float32: mean (smallest) | same sign % | time / float32 |",
         "|---|---|---|---|",

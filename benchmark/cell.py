@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import sys
 import time
@@ -11,6 +12,7 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +122,7 @@ class Cell:
             raise UsageError(f"--batch-size {s.rows}: row counts are multiples of 32, so that no row sees its place")
         self.n, self.data = s.images, s.examples(source)
         described = defenses.describe(defense)
-        defense = self.defense = defenses.tamed(defense, self.data.images(slice(0, 8))).to(self.device)
+        defense = self.defense = _laid_out(defenses.tamed(defense, self.data.images(slice(0, 8))).to(self.device), s)
         self.stochastic = defense.stochastic
         spec = registry.parse(attack)
         component = registry.load("attacks", spec.name, spec.argument)
@@ -145,9 +147,8 @@ class Cell:
             roots = (Path(s.weights),) if s.weights else ()
             need = checkpoints.Need(self.data.form, norm, roots, s.offline, s.trust)
             g = s.shelf.build("purifiers", other, need)
-            self.attacker = Defense(
-                g.module, defense.classifier, copies=defense.copies, combine=defense.combine
-            ).to(self.device)  # fmt: skip
+            other_defense = Defense(g.module, defense.classifier, copies=defense.copies, combine=defense.combine)
+            self.attacker = _laid_out(other_defense.to(self.device), s)
         self.drawing = defense.stochastic or self.attacker.stochastic  # whether draws differ in the attack's loop
         # who knows the draws that judge averages over all of them
         eot = self.draws if self.view.foreknown else None
@@ -191,7 +192,7 @@ class Cell:
             select=self.select,
             draws=self.draws,
             seed=s.seed,
-            precision=s.precision if self.attack.gradients(self.drawing) else "float32",
+            precision=s.precision if self.attack.gradients(self.drawing) and not self.package else "float32",
         )
         self.plan: Plan = plan(
             self.attack, stochastic=self.drawing, nfe=defense.nfe, n=self.n, select=self.select, draws=self.draws,
@@ -233,7 +234,10 @@ class Cell:
 
     def result(self) -> Result:
         """Run, and read what is on disk."""
-        finished = read_run(self.run())
+        folder = self.run()
+        if not (folder / "run.json").exists():
+            return Result([], [], folder)  # a shard without images
+        finished = read_run(folder)
         return Result(report.rows([finished]), finished["records"], finished["folder"])
 
     @property
@@ -298,8 +302,9 @@ class Cell:
         if not self.left():
             if not s.quiet:
                 which = f"all {self.n} images" if self.shard == (0, 1) else f"the images of shard {s.shard}"
-                print(f"{which} are recorded in {self.folder.folder}: nothing to compute", file=sys.stderr)
-            return self.folder.finish()
+                where = f"are recorded in {self.folder.folder}" if self.folder.done() else f"of {self.n} are none"
+                print(f"{which} {where}: nothing to compute", file=sys.stderr)
+            return self.folder.finish(self.n if s.shard is None else None)
         self.check_classes()
         if (caveat := self.attack.caveat(self.drawing)) and not s.quiet:
             print(f"note: {caveat}", file=sys.stderr)
@@ -323,13 +328,18 @@ class Cell:
         mine = (p for p in range(self.n) if p // BLOCK % of == number)
         return [p for p in mine if int(self.data.ids[p]) not in done]
 
+    def searched(self) -> int:
+        """How many images that takes: a package's attack searches whole groups."""
+        if not self.package:
+            return len(self.left())
+        groups = {p // BLOCK for p in self.left()}
+        return sum(min(BLOCK, len(self.data) - g * BLOCK) for g in groups)
+
     def prepare(self) -> None:
-        """Make the machine ready: exact float32, an allocator that keeps what it has, layout and compilation."""
+        """Make the machine ready: exact float32, an allocator that keeps what it has, networks compiled."""
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         memory.keep_freed()
         for defense in {self.defense, self.attacker}:
-            if self.settings.channels_last:
-                defense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             if self.settings.compile:
                 for network in _networks(defense):
                     if network._compiled_call_impl is None:
@@ -415,6 +425,23 @@ def _shard(text: str | None) -> tuple[int, int]:
     if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
         raise UsageError(f"--shard {text}: expected I/N with 1 <= I <= N, e.g. 1/4")
     return int(number) - 1, int(of)
+
+
+LAID_OUT: WeakKeyDictionary[Defense, dict[tuple, Defense]] = WeakKeyDictionary()
+"""Copies of defenses that are compiled or have channels last: the caller's own stay as they are."""
+
+
+def _laid_out(defense: Defense, settings: Settings) -> Defense:
+    """The defense, or, where it is to be changed for speed, one copy of it for all cells."""
+    key = (settings.compile, settings.channels_last)
+    if not any(key):
+        return defense
+    copies = LAID_OUT.setdefault(defense, {})
+    if key not in copies:
+        copies[key] = copy.deepcopy(defense)
+        if settings.channels_last:
+            copies[key].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return copies[key]
 
 
 def _networks(defense: Defense) -> list[nn.Module]:

@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,12 +94,18 @@ def _seeds(arguments: argparse.Namespace) -> list[int]:
         raise UsageError(f"--seeds {arguments.seeds}: expected whole numbers with commas, e.g. 0,1,2") from None
 
 
+def _interrupt(*_: Any) -> None:
+    """A request to end is treated as Ctrl-C is."""
+    raise KeyboardInterrupt
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from benchmark import report, writers
     from benchmark.cell import Incomplete
+    from benchmark.fetch import NetworkForbidden
     from benchmark.results import read_run
 
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    signal.signal(signal.SIGTERM, _interrupt)
     settings, began = _settings(arguments), time.monotonic()
     print("timing a batch of each defense", file=sys.stderr, flush=True)
     # a slip in the last spec shows now, not after the hours that the first cells take; so does what they will take
@@ -119,10 +126,16 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"benchmark: {error}", file=sys.stderr)
         except Incomplete:
             return _complain(f"stopped after {arguments.stop_after:g} s; the same command continues", INCOMPLETE)
-    if not folders:
+        except (UsageError, NetworkForbidden):
+            raise
+        except Exception as error:  # a component's own: what it said, and the other cells have their numbers
+            traceback.print_exc()
+            unfit.append(f"{cell}: {type(error).__name__}: {error}")
+            failed = True
+    if not folders and unfit:
         raise (RunError if failed else UsageError)("no cell of this command has a number: see above")
-    runs = [read_run(folder) for folder in dict.fromkeys(folders)]
-    if whole := [run for run in runs if run["complete"]]:
+    runs = [read_run(folder) for folder in dict.fromkeys(folders) if (folder / "run.json").exists()]
+    if whole := [run for run in runs if run["complete"] or not arguments.shard]:
         print(writers.render(report.table(whole, worst_case=True), "md"), end="")
     if len(whole) < len(runs):
         print(
@@ -182,7 +195,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     else:
         print(
             f"in all about {duration(whole['hours'])} on this device, {duration(whole['hours_on_devices'])} on "
-            f"{arguments.devices} such"
+            f"{arguments.devices} such; draws at x that cells of a defense share are counted in each"
         )
     return DONE
 

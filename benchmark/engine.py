@@ -64,8 +64,12 @@ class Engine:
             total=len(cell.left()) * length, unit="it", smoothing=0.1, disable=cell.settings.quiet,
             desc=cell.names["display"], mininterval=0.5 if sys.stderr.isatty() else 20,
         ) as self.bar:  # fmt: skip
-            for positions, judged in self.calls.run(self._searches(), self._capacity()):
-                self._record(positions, judged)
+            try:
+                for positions, judged in self.calls.run(self._searches(), self._capacity()):
+                    self._record(positions, judged)
+            except KeyboardInterrupt:  # the same command continues where the last whole iterations ended
+                cell.folder.save_state(list(self.under_way.values()))
+                raise
 
     def _capacity(self) -> int:
         """How many images are searched at a time: enough to fill two calls, or one group where groups don't mix."""
@@ -98,7 +102,7 @@ class Engine:
             yield from (self._aligned(first) for first in sorted({p // BLOCK * BLOCK for p in left}))
             return
         size = 1 if self.cell.attack.retire else BLOCK
-        if self.cell.mixes:
+        if self.cell.mixes or self.cell.attack.retire:
             yield from (left[k : k + size] for k in range(0, len(left), size))
             return
         for first in sorted({p // BLOCK * BLOCK for p in left}):

@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--classifier", default="resnet", metavar="SPEC", help="(resnet)")
     bench.add_argument("--dataset", default="fashion-mnist", help="a data set's spec (fashion-mnist)")
     bench.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
-    bench.add_argument("--batch-size", type=int, default=16, metavar="ROWS", help="held against the floors (16)")
+    bench.add_argument("--batch-size", type=int, default=8, metavar="ROWS", help="held against the floors (8)")
     bench.add_argument("--repetitions", type=int, default=2, metavar="N", help="of each measurement (2)")
     bench.add_argument("--compile", action="store_true", help="time compiled networks, too; minutes more")
     bench.add_argument("--out", metavar="FOLDER", help="write Markdown and JSON there, named after the device")
@@ -209,7 +209,9 @@ def _how(sub: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--yes", action="store_true", help="run it however long it takes")
     how.add_argument(
-        "--shard", metavar="I/N", help="do every N-th group of images; N such commands with the same --out share a run"
+        "--shard",
+        metavar="I/N",
+        help="do every N-th group of 32 images; N such commands with the same --out share a run",
     )
 
 

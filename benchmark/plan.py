@@ -138,7 +138,7 @@ def price(cell: Cell) -> Price:
     except torch.cuda.OutOfMemoryError:  # for a single image
         return Price(ROWS, 0, 0, None, 0, "doesn't fit", float("nan"), disk)
     p = cell.plan
-    seconds = left * ((p.forwards - p.backwards) * forward + p.backwards * gradient) / cell.rows
+    seconds = cell.searched() * ((p.forwards - p.backwards) * forward + p.backwards * gradient) / cell.rows
     graphs = cell.rows * feet.stored(cell.keep)
     return Price(cell.rows, forward, gradient, seconds / 3600, cell.keep, fits, graphs, disk)
 

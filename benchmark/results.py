@@ -74,6 +74,7 @@ class Run:
     ):
         self.identity = identity
         part = f".{shard.replace('/', '-of-')}" if shard else ""
+        self.shared = shard is not None
         self.journal, self.state = f"journal{part}.jsonl", f"state{part}.pt"
         folder = f"{slug(names['attack'])}-{identity.hash8}"
         self.folder = out / slug(identity.dataset) / slug(names["purifier"]) / folder
@@ -114,7 +115,10 @@ class Run:
             images.flush()
             (self.folder / "logits").mkdir(exist_ok=True)
             ids = np.array([r["id"] for r in records])
-            np.savez_compressed(self.folder / "logits" / f"{ids.min():09d}.npz", id=ids, **logits)
+            target = self.folder / "logits" / f"{ids.min():09d}.npz"
+            with target.with_suffix(".new").open("wb") as file:
+                np.savez_compressed(file, id=ids, **logits)
+            target.with_suffix(".new").replace(target)
             with (self.folder / self.journal).open("a") as journal:
                 journal.writelines(json.dumps(r) + "\n" for r in records)
                 journal.flush()
@@ -147,10 +151,9 @@ class Run:
         """
         path = self.folder / "run.json"
         found = json.loads(path.read_text()) if path.exists() else {}
-        shared = self.state != "state.pt"
-        if not found or not ("halved_to" in found if halved else self._begun() or shared or "halved_to" in found):
+        if not found or not ("halved_to" in found if halved else self._begun() or self.shared or "halved_to" in found):
             return None
-        return found["environment"]["rows"]
+        return found["environment"].get("rows")
 
     def halved(self, rows: int) -> None:
         """Memory ran out: forget what was under way, and note the new row count beside the one it began with."""
@@ -163,23 +166,25 @@ class Run:
             found = json.loads((self.folder / "run.json").read_text())
             replace(self.folder / "run.json", json.dumps(found | self.settings, indent=2, sort_keys=True) + "\n")
 
-    def finish(self) -> Path:
+    def finish(self, n: int | None = None) -> Path:
         """Turn the journals, sorted, into ``records.jsonl`` and gather the logits; both renamed into place.
 
-        While other processes have images left, nothing.
+        While fewer than ``n`` images are recorded, or than the run was opened for, nothing: other processes have some.
         """
         if not any(self.folder.glob("journal*.jsonl")):
             return self.folder
         with self._alone(), writing(self.folder):
-            (self.folder / self.state).unlink(missing_ok=True)
             records = [record for _, record in sorted(self.done().items())]
-            if len(records) < json.loads((self.folder / "run.json").read_text())["n"]:
+            whole = json.loads((self.folder / "run.json").read_text())["n"]
+            if len(records) < (n or whole):
                 return self.folder
             blocks = sorted((self.folder / "logits").glob("*.npz"))
             if blocks:
                 self._gather(blocks)
             replace(self.folder / "records.jsonl", "".join(json.dumps(r) + "\n" for r in records))
             for path in self.folder.glob("journal*.jsonl"):
+                path.unlink()
+            for path in self.folder.glob("state*.pt") if len(records) >= whole else ():
                 path.unlink()
         return self.folder
 
@@ -222,8 +227,8 @@ class Run:
         """Refuse to continue where other versions or another machine began, or without the images found so far."""
         old, new = (dict(s["environment"]) for s in (found, self.settings))
         differ = [k for k in {**old, **new} if k != "commit" and old.get(k) != new.get(k)]
-        begun = self._begun()
-        if begun and not (self.folder / "adversarial.npy").exists():
+        begun = self._begun() or self.shared  # who shares a run and opened it first has decided, whatever it has done
+        if self._begun() and not (self.folder / "adversarial.npy").exists():
             raise UsageError(
                 f"{self.folder} has records but no adversarial.npy, so it can't be continued (a repository keeps "
                 "records only): choose another --out to measure anew"

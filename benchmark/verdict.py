@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from benchmark.cell import Cell
 
 AT_X: WeakKeyDictionary[Defense, dict[tuple, dict[int, Tensor]]] = WeakKeyDictionary()
-"""Logits at the unperturbed images and under random perturbations, by defense: all cells of a grid share them."""
+"""Logits at the unperturbed images and under random perturbations, by defense: all cells of a grid share them. Of the
+many null draws the classes."""
 
 
 class Judged(NamedTuple):
@@ -117,6 +118,7 @@ class Judge:
         if missing:
             ask = self._random if control else self._draws
             found = ask(x[missing], ids[missing], role, count)
+            found = classes(found).to(torch.int16) if role == "null" else found
             kept.update(zip(ids[missing].tolist(), found, strict=True))
         return torch.stack([kept[i][:count] for i in ids.tolist()])
 
@@ -124,8 +126,7 @@ class Judge:
         """Of as many different draws as the attack sees in its loop, how many are wrong at x itself."""
         if self.cell.distinct == 0:
             return torch.zeros(len(x), dtype=torch.long)
-        predicted = classes(self._kept(x, ids, "null", self.cell.distinct))
-        return (predicted != y[:, None]).sum(1)
+        return (self._kept(x, ids, "null", self.cell.distinct) != y[:, None]).sum(1)
 
     def _flips(self, x_adv: Tensor, x: Tensor, ids: Tensor) -> Tensor | None:
         """The share of an image's discrete codes that the attack changed, under one verdict draw."""
@@ -142,7 +143,7 @@ class Judge:
         looks = self.cell.attack.looks(self.cell.drawing)
         if not (self.cell.stochastic and looks):
             return None
-        return (classes(self._kept(x, ids, "null", looks)) == y[:, None]).all(1)
+        return (self._kept(x, ids, "null", looks) == y[:, None]).all(1)
 
 
 def classes(logits: Tensor) -> Tensor:

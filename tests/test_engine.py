@@ -285,3 +285,27 @@ def test_compiled_networks_find_what_plain_ones_find(tmp_path, tiny_defense, tin
     assert np.mean(np.array(plain) == np.array(fused)) > 0.97
     environment = json.loads((runs[True].folder / "run.json").read_text())["environment"]
     assert environment["compile"] is True
+
+
+class Average(torch.nn.Module):
+    """A plain module that knows no tape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.avg_pool2d(x, 3, 1, 1)
+
+
+def test_a_module_that_knows_no_tape_retires_image_by_image(tmp_path):
+    defense, x = Defense(Average(), Margin()), columns(0.52, 0.9, 0.64)
+    settings = {"eps": "1/8", "quiet": True, "preflight": False}
+    attack = "pgd:steps=20,eot=1,retire=4"
+    one = evaluate(defense, x, attack, n=1, out=tmp_path / "grown", **settings)
+    assert one.records[0]["forwards"] < 20
+    grown = evaluate(defense, x, attack, n=3, out=tmp_path / "grown", **settings)
+    assert grown.records == evaluate(defense, x, attack, n=3, out=tmp_path / "at once", **settings).records
+
+
+def test_what_is_changed_for_speed_is_a_copy(tmp_path, tiny_defense, tiny_images):
+    fresh = Defense(copy.deepcopy(tiny_defense.purifier), copy.deepcopy(tiny_defense.classifier))
+    weights = [w for w in fresh.parameters() if w.ndim == 4 and w.shape[1] > 1 and w.shape[-1] > 1]
+    evaluate(fresh, tiny_images, "identity", n=2, out=tmp_path, channels_last=True, **SETTINGS)
+    assert weights and all(w.is_contiguous() for w in weights)

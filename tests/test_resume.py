@@ -298,3 +298,46 @@ def test_shards_that_run_at_the_same_time_end_in_one_run(tmp_path):
     folder = tmp_path / "shared" / whole.folder.relative_to(tmp_path / "whole")
     assert outcome(folder) == outcome(whole.folder)
     assert not list(folder.glob("journal*")) and not (folder / "logits").exists()
+
+
+def test_who_opens_a_shared_run_first_decides_its_rows_for_all(tmp_path, run):
+    """Before anything is recorded: two machines would else merge numbers of two environments without a word."""
+    with pytest.raises(Incomplete):
+        run("shared", n=80, shard="1/2", rows=64, stop_after=0)
+    for state in folder_of(tmp_path / "shared").glob("state*"):
+        state.unlink()  # it has opened the run, and nothing else yet
+    with pytest.raises(UsageError, match=r"another environment \(rows: 64 → 32\)"):
+        run("shared", n=80, shard="2/2", rows=32)
+    run("shared", n=80, shard="2/2")
+    assert outcome(run("shared", n=80, shard="1/2")) == outcome(run("at once", n=80, rows=64))
+
+
+def test_a_shard_without_images_is_none(tmp_path, run, capsys):
+    folder = run("empty", n=32, shard="2/2", quiet=False)
+    assert not folder.exists() and "shard 2/2 of 32 are none" in capsys.readouterr().err
+
+
+def test_ctrl_c_saves_what_is_under_way(tmp_path, run, monkeypatch):
+    whole = outcome(run("at once"))
+    seen = []
+
+    def interrupted(self) -> None:
+        seen.append(0)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as pressed:
+        pressed.setattr(engine.Engine, "_pause", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run("pressed")
+    (lane,) = torch.load(folder_of(tmp_path / "pressed") / "state.pt", weights_only=True)["lanes"]
+    assert int(lane["state"]["done"]) == 3
+    assert outcome(run("pressed")) == whole and not (folder_of(tmp_path / "pressed") / "state.pt").exists()
+
+
+def test_fewer_images_of_an_unfinished_run_are_a_run_of_their_own_length(tmp_path, run):
+    run("more", n=80, shard="1/2")
+    folder = run("more", n=16)
+    (found,) = results.find_runs([folder])
+    assert len(found["records"]) == 48 and (folder / "records.jsonl").exists()
+    assert outcome(run("more", n=80))["records.jsonl"] == outcome(run("at once", n=80))["records.jsonl"]
