@@ -122,7 +122,13 @@ class Cell:
             raise UsageError(f"--batch-size {s.rows}: row counts are multiples of 32, so that no row sees its place")
         self.n, self.data = s.images, s.examples(source)
         described = defenses.describe(defense)
-        defense = self.defense = _laid_out(defenses.tamed(defense, self.data.images(slice(0, 8))).to(self.device), s)
+        try:
+            tame = defenses.tamed(defense, self.data.images(slice(0, 8)))
+        except Exception as error:  # whatever a module raises that is called for the first time
+            raise UsageError(
+                f"the purifier {described['names']['purifier']} raised {registry.raised(error)}"
+            ) from error
+        defense = self.defense = _laid_out(tame.to(self.device), s)
         self.stochastic = defense.stochastic
         spec = registry.parse(attack)
         component = registry.load("attacks", spec.name, spec.argument)

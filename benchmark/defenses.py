@@ -72,14 +72,7 @@ def tamed(defense: Defense, x: Tensor) -> Defense:
     """The defense with a purifier that obeys tapes: a module that knows nothing of them runs as ``Foreign``."""
     if isinstance(defense.purifier, Purifier):
         return defense
-    try:
-        foreign = Foreign(defense.purifier, x)
-    except Exception as error:  # whatever it raises
-        raise UsageError(
-            f"the purifier {type(defense.purifier).__name__} raised {registry.raised(error)} on images of shape "
-            f"{tuple(x.shape)}"
-        ) from error
-    tame = Defense(foreign, defense.classifier, copies=defense.copies, combine=defense.combine)
+    tame = Defense(Foreign(defense.purifier, x), defense.classifier, copies=defense.copies, combine=defense.combine)
     tame.accuracy = getattr(defense, "accuracy", None)  # type: ignore[assignment]
     return tame
 
