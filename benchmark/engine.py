@@ -68,7 +68,8 @@ class Engine:
                 for positions, judged in self.calls.run(self._searches(), self._capacity()):
                     self._record(positions, judged)
             except KeyboardInterrupt:  # the same command continues where the last whole iterations ended
-                cell.folder.save_state(list(self.under_way.values()))
+                if self.under_way:
+                    cell.folder.save_state(list(self.under_way.values()))
                 raise
 
     def _capacity(self) -> int:

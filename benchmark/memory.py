@@ -9,7 +9,7 @@ import sys
 import torch
 
 CPU_BUDGET = 3 << 30
-"""Bytes for stored graphs on a CPU at most: more is slower than recomputing, for lack of cache."""
+"""Bytes for stored graphs on a CPU at most: other processes want memory, too."""
 
 
 def budget(device: torch.device) -> int:
@@ -51,7 +51,7 @@ def _allowed() -> int:
 def keep_freed() -> bool:
     """Tell glibc to keep freed memory for the next allocation instead of giving it back; whether it was told.
 
-    A kept graph is gigabytes of fresh tensors each iteration: faulting their pages in anew took a seventh of the time.
+    A kept graph is gigabytes of fresh tensors each iteration, whose pages would be faulted in anew.
     """
     libc = _libc()
     if libc is None:

@@ -207,9 +207,7 @@ class Run:
         temporary = self.folder / "logits.new.npz"
         np.savez_compressed(temporary, **{k: v[order] for k, v in joined.items()})  # type: ignore[arg-type]
         temporary.replace(target)
-        for path in blocks:
-            path.unlink()
-        (self.folder / "logits").rmdir()
+        shutil.rmtree(self.folder / "logits")  # with what a kill left half-written
 
     def check_identity(self) -> None:
         """Refuse a folder that holds another run."""

@@ -228,14 +228,8 @@ class NoHost(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*arguments, **(named or {}))
 
 
-WAITING = {"file"}
-"""Purifiers whose loop may wait; a newcomer's is its own affair."""
-
-
-@every_purifier
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] != "file"])
 def test_nothing_in_the_loop_waits_for_the_device(case, make):
-    if case[0] in WAITING:
-        pytest.skip("a newcomer")
     defense = Defense(smooth(make(case)), classifier())
     noise = tape(range(3))
     with NoHost():
