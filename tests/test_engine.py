@@ -21,6 +21,7 @@ from benchmark.cell import Cell, Settings
 from purifiers import Defense, Purifier, Tape
 from purifiers.diffpure import DiffPure
 from tests.conftest import Linear, images, undefended
+from tests.test_black_box import Noisy
 
 ATTACKS = [
     "pgd:steps=3,eot=3",
@@ -130,20 +131,6 @@ class Margin(torch.nn.Module):
         return torch.stack((z, -z, torch.full_like(z, -9.0), torch.full_like(z, -9.0)), 1)
 
 
-class Noisy(Purifier):
-    """x + sigma n."""
-
-    def __init__(self, sigma: float = 0.05):
-        super().__init__()
-        self.sigma = sigma
-
-    def start(self, x, noise):
-        return x + self.sigma * noise.normal("noise", like=x), None
-
-    def finish(self, state, context):
-        return state
-
-
 def columns(*levels: float) -> tuple[Tensor, Tensor]:
     """Images of one grey each, of class 0."""
     x = torch.stack([torch.full((1, 8, 8), level) for level in levels])
@@ -156,7 +143,7 @@ RETIRING = ["pgd:steps=20,eot=4,retire=16", "apgd:steps=20,eot=4,retire=16", "au
 @pytest.mark.parametrize("attack", RETIRING)
 def test_the_lost_retire_and_the_others_go_on(tmp_path, attack):
     """Of three images one is lost at once, one is safe, one is at the boundary: it is often, not always wrong."""
-    defense = Defense(Noisy(), Margin())
+    defense = Defense(Noisy(sigma=0.05), Margin())
     result = evaluate(
         defense, columns(0.52, 0.9, 0.633), attack, n=3, eps="1/8", out=tmp_path, quiet=True, draws=8, preflight=False
     )
@@ -173,7 +160,7 @@ def test_the_lost_retire_and_the_others_go_on(tmp_path, attack):
 
 
 def test_an_image_that_did_not_retire_is_attacked_as_if_none_could(tmp_path):
-    defense, x = Defense(Noisy(), Margin()), columns(0.52, 0.9, 0.64)
+    defense, x = Defense(Noisy(sigma=0.05), Margin()), columns(0.52, 0.9, 0.64)
     with_, without = (
         evaluate(defense, x, f"pgd:steps=20,eot=4,iterate=best,retire={retire}", n=3, eps="1/8", out=tmp_path,
                  quiet=True, draws=8, preflight=False)
@@ -187,7 +174,7 @@ def test_an_image_that_did_not_retire_is_attacked_as_if_none_could(tmp_path):
 
 def test_nothing_retires_unless_it_is_asked_to(tmp_path):
     cell = Cell(
-        Defense(Noisy(), Margin()),
+        Defense(Noisy(sigma=0.05), Margin()),
         columns(0.52),
         "pgd:steps=20,eot=4",
         Settings(n=1, eps="1/8", out=tmp_path, preflight=False, quiet=True),
@@ -218,7 +205,9 @@ def test_a_negative_retire_is_refused(make_attack):
 
 def test_an_ensemble_that_retires_in_its_first_member_keeps_that_members_find():
     x, y = columns(0.52)
-    victim = Victim(Defense(Noisy(), Margin()), Exact(), Tape(0, "attack", torch.arange(1)), Calls(32), stochastic=True)
+    victim = Victim(
+        Defense(Noisy(sigma=0.05), Margin()), Exact(), Tape(0, "attack", torch.arange(1)), Calls(32), stochastic=True
+    )
     threat = NORMS["Linf"](0.125)
     attack = AutoAttack(steps=20, eot=4, retire=16)
     found = attack.perturb(x, y, victim, threat)
