@@ -45,8 +45,8 @@ class Recipe:
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     objective: dict[str, Any] = field(default_factory=dict)
-    init: str | None = None
-    """The weights that training starts from, by the name of their card."""
+    init: str | dict[str, str] | None = None
+    """The weights that training starts from: a card, for parts of one name, or a "card.part" for every part."""
     critics: list[str] = field(default_factory=list)
     """Networks of ``Purifier.critics`` that train along."""
     judge: str | None = None
@@ -56,7 +56,7 @@ class Recipe:
     dial: str | None = None
     """The option that sets the strength of these weights, where it isn't the component's."""
     settle: int = 0
-    """Training images handed to ``Purifier.settle`` at the end."""
+    """Training images handed to ``Purifier.settle``, before the training."""
 
 
 def recipes(dataset: str) -> dict[str, Recipe]:
@@ -113,12 +113,13 @@ def train(
     module = component(*parts.values(), **recipe.options).to(device).train()
     started = _start(recipe, images, parts, out)
     aside = _aside(recipe, component, images, out, device)
-    skipped = _fit(module, recipe, images, folder / "state.pt", device, aside) if recipe.epochs else 0
     if recipe.settle:
         with torch.no_grad():
             module.eval().settle(images.images(slice(0, recipe.settle)).to(device))  # type: ignore[operator]
+        module.train()
+    skipped = _fit(module, recipe, images, folder / "state.pt", device, aside) if recipe.epochs else 0
     # parts that came trained and weren't moved stay where they are
-    kept = {} if recipe.epochs else started
+    kept = {k: v for k, v in started.items() if not recipe.epochs or k in getattr(module, "given", ())}
     for part in parts.keys() - kept.keys():
         checkpoints.halve(parts[part])
     measured = measure(module, recipe, dataset, aside, data_dir=data_dir, limit=limit)
@@ -155,18 +156,28 @@ def _start(recipe: Recipe, images: data.Dataset, parts: dict[str, nn.Module], ou
     """Copy the weights that a recipe starts from into the parts that they have; their entries for a card."""
     if recipe.init is None:
         return {}
+    sources = recipe.init if isinstance(recipe.init, dict) else {part: f"{recipe.init}.{part}" for part in parts}
     roots = (out,) if out.is_dir() else ()
-    path = checkpoints.cards(images.family, roots).get(recipe.init)
-    if path is None:
-        raise UsageError(
-            f"training starts from {recipe.init}, which has no weights; train it first into the same --out"
-        )
-    built = checkpoints.build(recipe.kind, recipe.init, checkpoints.Need(images.form, roots=roots))
-    trained = dict(built.module.named_children())
-    for name in parts.keys() & trained.keys():
-        parts[name].load_state_dict(trained[name].state_dict())
-    entries = checkpoints.read_card(path)["files"]
-    return {name: {"of": recipe.init} | entries[name] for name in parts.keys() & entries.keys()}
+    known, entries = checkpoints.cards(images.family, roots), {}
+    for part, source in sources.items():
+        card, _, trained = source.rpartition(".")
+        if card not in known:
+            raise UsageError(f"training starts from {card}, which has no weights; train it first into the same --out")
+        found = checkpoints.read_card(known[card])["files"].get(trained)
+        if found is None and isinstance(recipe.init, str):
+            continue  # a part of its own
+        built = checkpoints.build(recipe.kind, card, checkpoints.Need(images.form, roots=roots))
+        _grow(parts[part], built.module.get_submodule(trained).state_dict())
+        entries[part] = {"of": card} | found
+    return entries
+
+
+def _grow(net: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load weights into a network that may take more input channels than they do: it does nothing with those yet."""
+    for name, fresh in net.state_dict().items():
+        if fresh.ndim == 4 and fresh.shape[1] > state[name].shape[1]:
+            state[name] = nn.functional.pad(state[name], (0, 0, 0, 0, 0, fresh.shape[1] - state[name].shape[1]))
+    net.load_state_dict(state)
 
 
 def _aside(recipe: Recipe, component: Any, images: data.Dataset, out: Path, device: str) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from purifiers._rounding import straight_through
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, VQModel
 
@@ -21,6 +23,36 @@ class Posterior(NamedTuple):
     def sample(self, n: Tensor) -> Tensor:
         """mean + sigma n, the reparameterised draw."""
         return self.mean + torch.exp(0.5 * self.logvar) * n
+
+
+class Standard(nn.Module):
+    """Latents with mean 0 and deviation 1 in every channel: s(z) = (z - mean) / std; as they are until it is fitted.
+
+    Args:
+        channels: of the latents.
+
+    Reference: scaling by the latents' deviation: Rombach et al. 2022 (arXiv 2112.10752), appendix G.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
+        self.register_buffer("std", torch.ones(1, channels, 1, 1))
+
+    def fit(self, z: Tensor) -> None:
+        """Take the moments of latents (N, c, h, w)."""
+        self.mean.copy_(z.mean((0, 2, 3), keepdim=True))
+        self.std.copy_(z.std((0, 2, 3), keepdim=True))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return (z - self.mean) / self.std
+
+    def inverse(self, z: Tensor) -> Tensor:
+        """mean + std z."""
+        return self.mean + self.std * z
 
 
 class _Patches:
@@ -68,10 +100,11 @@ class VQ(_Patches):
     Args:
         autoencoder: diffusers' VQModel.
         codes: the first so many codes of its codebook are used; 0 uses all.
+        tau: temperature of soft codes, relative to the mean squared distance between codes.
     """
 
-    def __init__(self, autoencoder: VQModel, codes: int = 0):
-        self.autoencoder, self.codes = autoencoder, codes
+    def __init__(self, autoencoder: VQModel, codes: int = 0, tau: float = 0.1):
+        self.autoencoder, self.codes, self.tau = autoencoder, codes, tau
 
     @property
     def embedding(self) -> Tensor:
@@ -95,6 +128,21 @@ class VQ(_Patches):
     def vectors(self, codes: Tensor) -> Tensor:
         """The codebook's vectors of codes (B, h, w), shape (B, d, h, w)."""
         return nn.functional.embedding(codes, self.embedding).permute(0, 3, 1, 2)
+
+    def quantised(self, z: Tensor, through: str) -> Tensor:
+        """What is decoded in place of z: the nearest codes' vectors ("exact"), or what stands in for them.
+
+        "soft": the codes averaged by softmax(-‖z - e_k‖² / tau); "ste": the nearest, the quantiser's gradient the
+        identity; "bypass": z itself.
+        """
+        if through == "bypass":
+            return z
+        if through == "soft":
+            scale = self.tau * 2 * (self.embedding - self.embedding.mean(0)).square().sum(1).mean()
+            weights = (-self.distances(z) / scale).softmax(-1)
+            return (weights @ self.embedding).permute(0, 3, 1, 2)
+        vectors = self.vectors(self.nearest(z))
+        return straight_through(vectors, z) if through == "ste" else vectors
 
     def decode(self, quantised: Tensor, shape: torch.Size) -> Tensor:
         """The image of latents as they are, quantised or not, cropped to (H, W) of ``shape``."""

@@ -1,10 +1,13 @@
-"""Networks that judge another network while it trains, and are thrown away after."""
+"""Networks that judge or steer another network while it trains, and are thrown away after."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from purifiers._base import Images
+from purifiers._objectives import stopped
+from purifiers._schedule import VP
 
 
 class ImageCritic(nn.Module):
@@ -42,3 +45,30 @@ class CodeCritic(nn.Sequential):
 
     def forward(self, z: Tensor) -> Tensor:
         return super().forward(z)[:, 0]
+
+
+class Levels(nn.Module):
+    """A learned schedule: a monotone, piecewise linear map from [0, 1] to the log-SNR λ of a schedule's table.
+
+    Args:
+        pieces: how many, of equal length in λ.
+
+    Reference: Kingma et al. 2021 (arXiv 2107.00630), section 4.1.
+    """
+
+    def __init__(self, pieces: int = 32):
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(pieces))
+
+    def forward(self, u: Tensor, schedule: VP) -> tuple[Tensor, Tensor]:
+        """For u uniform (B, 1): times of exact indices, shape (B, 1, 1, 1), and log q(λ) of each, shape (B,)."""
+        table = torch.tensor(schedule.table, dtype=torch.float64, device=u.device)
+        snr = (table.log() - (-table).log1p()).to(u.dtype)  # falls
+        width = (snr[0] - snr[-1]) / len(self.logits)
+        share = self.logits.softmax(0)
+        ends = stopped(share).cumsum(0)
+        piece = torch.searchsorted(ends, u[:, 0].contiguous()).clamp_max(len(ends) - 1)
+        inside = (u[:, 0] - (ends - stopped(share))[piece]) / stopped(share)[piece]
+        level = snr[-1] + (piece + inside.clamp(0, 1)) * width
+        nearest = (snr[None] - level[:, None]).abs().argmin(1)
+        return ((nearest + 1).to(u.dtype) / schedule.n).view(-1, 1, 1, 1), (share[piece] / width).log()

@@ -2,13 +2,57 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from purifiers._schedule import VP
+from purifiers._schedule import VP, Time
+
+Edit: TypeAlias = "Callable[[Denoiser, Tensor, Time, Tensor], Tensor]"
+"""(denoiser, z, t, predicted noise) → another predicted noise."""
+
+
+def unet(
+    shape: tuple[int, int, int], widths: Sequence[int], *, patch: int = 2, images: int = 1, embeds: bool = False
+) -> nn.Module:
+    """A fresh UNet2DModel for z of ``shape`` (C, H, W), on patch × patch patches: 2 halves the cost of pixels.
+
+    Args:
+        widths: channels from the first level to the last.
+        images: how many images of z's channels it takes.
+        embeds: whether it takes an embedding (B, 4 widths[0]) beside the time's.
+    """
+    from diffusers import UNet2DModel  # heavy: only where networks are built
+
+    channels = patch * patch * shape[0]
+    return UNet2DModel(
+        sample_size=shape[1] // patch,
+        in_channels=images * channels,
+        out_channels=channels,
+        block_out_channels=tuple(widths),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * len(widths),
+        up_block_types=("UpBlock2D",) * len(widths),
+        norm_num_groups=8 if min(widths) > 8 else 4,
+        add_attention=False,
+        class_embed_type="identity" if embeds else None,
+    )
+
+
+class Embedding(nn.Sequential):
+    """c (B, d) → what is added to a network's embedding of the time, (B, width); zeros until it is trained.
+
+    A network that is fine-tuned from an unconditional one so starts out as that.
+    """
+
+    def __init__(self, d: int, width: int):
+        super().__init__(nn.Linear(d, width), nn.SiLU(), nn.Linear(width, width))
+        for parameter in self[-1].parameters():
+            nn.init.zeros_(parameter)
 
 
 def resize(z: Tensor, size: Sequence[int]) -> Tensor:
@@ -18,50 +62,101 @@ def resize(z: Tensor, size: Sequence[int]) -> Tensor:
     return nn.functional.interpolate(z, tuple(size), mode="bilinear", align_corners=False)
 
 
+def root(v: Time) -> Time:
+    """The square root of a number or of one per row."""
+    return v.sqrt() if isinstance(v, Tensor) else math.sqrt(v)
+
+
 class Denoiser:
     """Predicts the noise n in z_t = sqrt(alpha_bar) z_0 + sigma n, with sigma = sqrt(1 - alpha_bar).
 
     A net trained on discrete indices is fed index i and paired with the table's alpha_bar_i; one trained in continuous
     time is fed 999 t and paired with alpha_bar(t): the two schedules are never mixed. A net whose inputs are patches
-    (p² C channels) works at 1/p of the resolution.
+    (p² C channels) works at 1/p of the resolution. ``given`` and ``edited`` make twins that know more.
 
     Args:
         net: (z, label) → predicted noise; a diffusers model or any module returning a tensor or an object with
             ``sample``. Extra output channels (a learned variance) are dropped.
         schedule: the schedule that the net was trained on.
         labels: "index" or "continuous".
+        images: how many images of z's channels the net takes: 2 if a condition stands beside z.
 
     Raises:
         ValueError: if ``labels`` is neither.
     """
 
-    def __init__(self, net: nn.Module, schedule: VP, labels: str = "index"):
+    def __init__(self, net: nn.Module, schedule: VP, labels: str = "index", images: int = 1):
         if labels not in ("index", "continuous"):
             raise ValueError(f'labels must be "index" or "continuous", got {labels!r}')
-        self.net, self.schedule, self.labels = net, schedule, labels
+        self.net, self.schedule, self.labels, self.images = net, schedule, labels, images
+        self.beside: Tensor | None = None
+        self.shifts = False
+        self.embedded: Tensor | None = None
+        self.edit: Edit | None = None
 
-    def alpha_bar(self, t: float) -> float:
+    def given(self, *, beside: Tensor | None = None, shifts: bool = False, embedded: Tensor | None = None) -> Denoiser:
+        """This denoiser under a condition; what is left out is zeros where the net asks for it.
+
+        Args:
+            beside: an image concatenated to z, of its shape, for a net with ``images=2``.
+            shifts: that image is added to z, too, before the net sees it.
+            embedded: vectors (B, d) added to the net's embedding of the time, where it takes such.
+        """
+        twin = copy.copy(self)
+        twin.beside, twin.shifts, twin.embedded = beside, shifts, embedded
+        return twin
+
+    def edited(self, edit: Edit) -> Denoiser:
+        """This denoiser with another prediction in place of its own: how structure enters a reverse chain."""
+        twin, first = copy.copy(self), self.edit
+        twin.edit = edit if first is None else lambda denoiser, z, t, n: edit(denoiser, z, t, first(denoiser, z, t, n))
+        return twin
+
+    def exaggerated(self, weight: float) -> Denoiser:
+        """n_off + weight (n_on - n_off): the condition as trained (1, this denoiser), left off (0), or more of it.
+
+        Reference: Ho and Salimans 2022 (arXiv 2207.12598), eq. 6, with weight = 1 + w.
+        """
+        off = self.given()
+        if weight == 1:
+            return self
+        if weight == 0:
+            return off
+
+        def edit(denoiser: Denoiser, z: Tensor, t: Time, n: Tensor) -> Tensor:
+            without = off.noise(z, t)
+            return without + weight * (n - without)
+
+        return self.edited(edit)
+
+    def alpha_bar(self, t: Time) -> Time:
         """The alpha_bar that belongs to the net's label at time t; 1 at t = 0."""
-        if t <= 0:
+        if not isinstance(t, Tensor) and t <= 0:
             return 1.0
-        if self.labels == "index" and (index := self.schedule.index(t)) >= 0:
-            return self.schedule.table[index]
-        return self.schedule.alpha_bar(t)  # in continuous time, and before the first index
+        return self.schedule.discrete(t) if self.labels == "index" else self.schedule.alpha_bar(t)
 
-    def noise(self, z: Tensor, t: float | Tensor) -> Tensor:
-        """The predicted noise, for one time for all rows (a float) or one index per row (an integer tensor)."""
-        if isinstance(t, Tensor):
-            label = t
-        elif self.labels == "index":
-            label = torch.full((len(z),), max(self.schedule.index(t), 0), device=z.device)
-        else:
-            label = torch.full((len(z),), (self.schedule.n - 1) * t, device=z.device, dtype=z.dtype)
-        channels = z.shape[1]
-        patch = self._patch(channels)
-        z = nn.functional.pixel_unshuffle(z, patch)
-        out = self.net(z, label)
+    def noise(self, z: Tensor, t: Time) -> Tensor:
+        """The predicted noise at one time for all rows or one per row."""
+        patch = self._patch(z.shape[1])
+        shown = z + self.beside if self.shifts and self.beside is not None else z
+        fed = nn.functional.pixel_unshuffle(shown, patch)
+        if self.images > 1:
+            beside = torch.zeros_like(z) if self.beside is None else self.beside
+            fed = torch.cat((fed, nn.functional.pixel_unshuffle(beside, patch)), 1)
+        out = self.net(fed, self._label(z, t), **self._embedding(z))
         out = out if isinstance(out, Tensor) else out.sample
-        return nn.functional.pixel_shuffle(out[:, : channels * patch * patch], patch)
+        n = nn.functional.pixel_shuffle(out[:, : z.shape[1] * patch * patch], patch)
+        return n if self.edit is None else self.edit(self, z, t, n)
+
+    def clean(self, z: Tensor, t: Time, n: Tensor) -> Tensor:
+        """The z_0 that a predicted noise means: (z - sigma n) / sqrt(alpha_bar)."""
+        a = self.alpha_bar(t)
+        return (z - root(1 - a) * n) / root(a)
+
+    def dirt(self, z: Tensor, t: Time, z_0: Tensor) -> Tensor:
+        """The noise that a predicted z_0 means: (z - sqrt(alpha_bar) z_0) / sigma."""
+        a = self.alpha_bar(t)
+        return (z - root(a) * z_0) / root(1 - a)
 
     def fit(self, z: Tensor) -> Tensor:
         """z at the net's own resolution, where it states one: 224×224 images become 256×256 for a 256×256 net."""
@@ -72,10 +167,25 @@ class Denoiser:
         patch = self._patch(z.shape[1])
         return resize(z, (height * patch, width * patch))
 
-    def score(self, z: Tensor, t: float) -> Tensor:
+    def score(self, z: Tensor, t: Time) -> Tensor:
         """grad log p_t(z) = -n / sigma."""
-        return -self.noise(z, t) / math.sqrt(1 - self.alpha_bar(t))
+        return -self.noise(z, t) / root(1 - self.alpha_bar(t))
+
+    def _label(self, z: Tensor, t: Time) -> Tensor:
+        if isinstance(t, Tensor):
+            return self.schedule.indices(t).flatten() if self.labels == "index" else (self.schedule.n - 1) * t.flatten()
+        if self.labels == "index":
+            return torch.full((len(z),), max(self.schedule.index(t), 0), device=z.device)
+        return torch.full((len(z),), (self.schedule.n - 1) * t, device=z.device, dtype=z.dtype)
+
+    def _embedding(self, z: Tensor) -> dict[str, Tensor]:
+        """What a net that takes an embedding beside the time is handed: diffusers' class_labels."""
+        config = getattr(self.net, "config", None)
+        if getattr(config, "class_embed_type", None) != "identity":
+            return {}
+        embedded = self.embedded
+        return {"class_labels": z.new_zeros(len(z), 4 * config.block_out_channels[0]) if embedded is None else embedded}
 
     def _patch(self, channels: int) -> int:
-        inputs = getattr(getattr(self.net, "config", None), "in_channels", channels)
-        return math.isqrt(inputs // channels)
+        inputs = getattr(getattr(self.net, "config", None), "in_channels", channels * self.images)
+        return math.isqrt(inputs // (channels * self.images))

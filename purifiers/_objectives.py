@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from purifiers._denoiser import Denoiser
 from purifiers._noise import Noise
+
+if TYPE_CHECKING:
+    from purifiers._critics import Levels
 
 
 def eps(denoiser: Denoiser, z: Tensor, noise: Noise, *, focus: float = 0.0, focus_below: float = 1.0) -> Tensor:
@@ -22,11 +26,30 @@ def eps(denoiser: Denoiser, z: Tensor, noise: Noise, *, focus: float = 0.0, focu
     Reference: Ho et al. 2020 (arXiv 2006.11239), eq. 14.
     """
     n = denoiser.schedule.n
-    u, pick = noise.uniform("index", like=z[:, :1, 0, 0]), noise.uniform("focus", like=z[:, :1, 0, 0])
-    i = (u * torch.where(pick < focus, focus_below, 1.0) * n).long()[:, 0].clamp_max(n - 1)
-    alpha_bar = torch.tensor(denoiser.schedule.table, dtype=z.dtype, device=z.device)[i].view(-1, 1, 1, 1)
-    target = noise.normal("target", like=z)
-    return (denoiser.noise(alpha_bar.sqrt() * z + (1 - alpha_bar).sqrt() * target, i) - target).square().mean()
+    u, pick = (noise.uniform(site, like=z[:, :1, :1, :1]) for site in ("index", "focus"))
+    i = (u * torch.where(pick < focus, focus_below, 1.0) * n).floor().clamp_max(n - 1)
+    return _missed(denoiser, z, (i + 1) / n, noise).mean()
+
+
+def vlb(denoiser: Denoiser, z: Tensor, noise: Noise, levels: Levels) -> tuple[Tensor, Tensor]:
+    """The diffusion part of -log p(z), nats per element, over learned noise levels; the variance that moves these.
+
+    With λ = log(alpha_bar / (1 - alpha_bar)): L = ½ ∫ ‖n - n_theta‖² dλ = E_q [‖n - n_theta‖² / (2 q(λ))], whatever q:
+    the schedule changes the variance of the estimate alone. Its loss is -E [L² log q], whose gradient is that of the
+    variance; at its minimum q ∝ ‖n - n_theta‖². A level is rounded to the nearest index of the net.
+
+    Reference: Kingma et al. 2021 (arXiv 2107.00630), eq. 11, 15 and 20; here γ is monotone and piecewise linear.
+    """
+    t, log_q = levels(noise.uniform("level", like=z[:, :1, 0, 0]), denoiser.schedule)
+    estimate = 0.5 * _missed(denoiser, z, t, noise).flatten(1).mean(1) / stopped(log_q).exp()
+    weight = stopped(estimate).square()
+    return estimate.mean(), -(weight / weight.mean() * log_q).mean()
+
+
+def _missed(denoiser: Denoiser, z: Tensor, t: Tensor, noise: Noise) -> Tensor:
+    """‖n - n_theta(z_t, t)‖², element by element, at a time for each row."""
+    alpha_bar, target = denoiser.alpha_bar(t), noise.normal("target", like=z)
+    return (denoiser.noise(alpha_bar.sqrt() * z + (1 - alpha_bar).sqrt() * target, t) - target).square()
 
 
 def gaussian(x: Tensor, x_hat: Tensor, sigma_x: float | None = None) -> Tensor:

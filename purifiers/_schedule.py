@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import TypeAlias
 
 import torch
+from torch import Tensor
+
+Time: TypeAlias = float | Tensor
+"""A time, or what belongs to it: one number for all rows, or one per row, shape (B, 1, 1, 1)."""
 
 
 class VP:
@@ -28,13 +34,25 @@ class VP:
         """The discrete index of time t."""
         return round(t * self.n) - 1
 
-    def beta(self, t: float) -> float:
+    def indices(self, t: Tensor) -> Tensor:
+        """The discrete index of each row's time."""
+        return (t * self.n).round().long() - 1
+
+    def beta(self, t: Time) -> Time:
         """beta(t), the continuous rate."""
         return self.beta_min + t * (self.beta_max - self.beta_min)
 
-    def alpha_bar(self, t: float) -> float:
+    def alpha_bar(self, t: Time) -> Time:
         """alpha_bar(t) of the continuous schedule."""
-        return math.exp(-0.5 * (self.beta_max - self.beta_min) * t * t - self.beta_min * t)
+        log = -0.5 * (self.beta_max - self.beta_min) * t * t - self.beta_min * t
+        return log.exp() if isinstance(log, Tensor) else math.exp(log)
+
+    def discrete(self, t: Time) -> Time:
+        """alpha_bar of the index of t; of the continuous schedule before the first index."""
+        if isinstance(t, Tensor):
+            return _column(self.beta_min, self.beta_max, self.n, t.device)[self.indices(t).clamp_min(0)].to(t.dtype)
+        i = self.index(t)
+        return self.table[i] if i >= 0 else self.alpha_bar(t)
 
     def times(self, t_star: float, steps: int) -> list[float]:
         """Times of a reverse chain, t_star first, evenly spaced on the index grid, each an exact index.
@@ -52,3 +70,13 @@ class VP:
         indices = [round(first * (steps - k) / steps) - 1 for k in range(steps)]
         assert all(a > b for a, b in zip(indices, indices[1:], strict=False)), indices
         return [(i + 1) / self.n for i in indices]
+
+    def time(self, t_star: Tensor, k: int, steps: int) -> Tensor:
+        """Time k of ``times``, for rows that each start from a t_star of their own."""
+        return ((self.indices(t_star) + 1) * (steps - k) / steps).round().to(t_star.dtype) / self.n
+
+
+@functools.cache
+def _column(beta_min: float, beta_max: float, n: int, device: torch.device) -> Tensor:
+    """The table of a schedule on a device, where rows look up their own; it travels once."""
+    return torch.tensor(VP(beta_min, beta_max, n).table, dtype=torch.float64, device=device)

@@ -30,11 +30,13 @@ SIZES = {
     "small": Size((16, 32, 64), 4),
     "spatial": Size((16, 32, 64), 16),
     "vector": Size((16, 32, 32, 48, 48), 64),
+    "latent": Size((24, 48), 4),
     "medium": Size((64, 128, 128), 8),
+    "medium-latent": Size((64, 128), 4),
     "medium-vector": Size((64, 64, 128, 128, 128), 128),
 }
-"""28×28 images: small 4×4×4, spatial 4×4×16, vector 1×1×64 (sides padded to 32). For 32×32 images on a GPU: medium
-4×4×8, medium-vector 1×1×128."""
+"""28×28 images: small 4×4×4, spatial 4×4×16, vector 1×1×64 (sides padded to 32), latent 7×7×4. For 32×32 images
+on a GPU: medium 4×4×8, medium-vector 1×1×128, medium-latent 8×8×4."""
 
 
 class VAE(Purifier):
@@ -99,6 +101,7 @@ class VAE(Purifier):
         beta: float = 1.0,
         nested: bool = False,
         warm_up: float = 0.0,
+        tau: float = 0.0,
         features: float = 0.0,
         adversarial: float = 0.0,
         correlation: float = 0.0,
@@ -114,6 +117,7 @@ class VAE(Purifier):
             nested: half of the batches keep a random number of channels of their codes only: every cut is a model of
                 its own, with a learned width of its own.
             warm_up: share of the training over which beta grows from 0.
+            tau: deviation of noise on what is encoded, never on what is to be told: the codec learns to ignore it.
             features: weight, in nats per pixel, of matched features of ``image_critic`` or, without one, of ``judge``.
             adversarial: weight, in nats per pixel, of passing for real with ``image_critic``.
             correlation: weight of the total correlation that ``code_critic`` sees (FactorVAE, arXiv 1802.05983).
@@ -130,7 +134,7 @@ class VAE(Purifier):
                 f"got features={features}, adversarial={adversarial}, correlation={correlation}"
             )
         x, pixels = batch.x, batch.x[0].numel()
-        posterior = self.codec.encode(x)
+        posterior = self.codec.encode(x + tau * noise.normal("encoded", like=x) if tau else x)
         z, divergence = self._draw(posterior, noise), _objectives.divergence(*posterior)
         if nested:
             kept = _random_cut(z, noise)

@@ -85,8 +85,8 @@ class VQVAE(Purifier):
             raise ValueError(f"resample must lie in [0, 1], got {resample}")
         if not tau > 0:
             raise ValueError(f"tau must be positive, got {tau}")
-        self.autoencoder, self.prior, self.codec = autoencoder, prior, VQ(autoencoder, codes)
-        self.resample, self.tau = resample, tau
+        self.autoencoder, self.prior, self.codec = autoencoder, prior, VQ(autoencoder, codes, tau)
+        self.resample = resample
         self.stochastic = resample > 0
         self.steps = math.ceil(resample * self._sites(autoencoder)) if resample else 0
 
@@ -113,12 +113,7 @@ class VQVAE(Purifier):
 
     def quantised(self, z: Tensor) -> Tensor:
         """What is decoded in place of z: the nearest codes' vectors, or what stands in for them."""
-        if self.through == "bypass":
-            return z
-        if self.through == "soft":
-            return self._soft(z)
-        vectors = self.codec.vectors(self.codec.nearest(z))
-        return straight_through(vectors, z) if self.through == "ste" else vectors
+        return self.codec.quantised(z, self.through)
 
     def codes(self, state: Tensor) -> Tensor:
         return self.codec.nearest(state)
@@ -178,12 +173,6 @@ class VQVAE(Purifier):
     def _log_prior(self, codes: Tensor) -> Tensor:
         """log p of every code at every site given those before it, among the codes in use."""
         return self.prior(codes)[..., : len(self.codec.embedding)].log_softmax(-1)
-
-    def _soft(self, z: Tensor) -> Tensor:
-        embedding = self.codec.embedding
-        scale = self.tau * 2 * (embedding - embedding.mean(0)).square().sum(1).mean()
-        weights = (-self.codec.distances(z) / scale).softmax(-1)
-        return (weights @ embedding).permute(0, 3, 1, 2)
 
     @staticmethod
     def _sites(autoencoder: VQModel) -> int:

@@ -22,6 +22,8 @@ install_import_hook("purifiers", "beartype.beartype(conf=beartype.BeartypeConf(i
 from benchmark import registry  # noqa: E402
 from classifiers.resnet import ResNet  # noqa: E402
 from purifiers import Defense, Purifier, Tape  # noqa: E402
+from purifiers._denoiser import Embedding  # noqa: E402
+from purifiers._ladder import Ladder  # noqa: E402
 from purifiers.diffpure import DiffPure  # noqa: E402
 
 SHAPE = (1, 8, 8)
@@ -54,14 +56,39 @@ class Shrink(Purifier):
 '''
 
 VARIANTS: dict[str, list[dict]] = {
-    "diffpure": [{"rule": "ode"}, {"rule": "eta"}, {"rule": "eta", "eta": 0.0}, {"labels": "continuous"}],
+    "diffpure": [
+        {"rule": "ode"},
+        {"rule": "eta"},
+        {"rule": "eta", "eta": 0.0},
+        {"labels": "continuous"},
+        {"t_star": [0.1, 0.05]},
+        {"spread": 0.05},
+        {"labels": "continuous", "spread": 0.05},
+        {"spread": 0.02, "rule": "eta", "t_star": [0.1, 0.05]},
+    ],
+    "gdmp": [{"schedule": "constant"}],
+    "latent": [{"spread": 0.05}, {"size": "tiny-vq"}],
+    "diffusevae": [
+        {"formulation": 2},
+        {"size": "tiny-z"},
+        {"size": "tiny-nvae"},
+        {"begin": "noise", "t_star": 0.3},
+        {"condition": 2.0},
+        {"temperature": 1.0},
+        {"temperature": 0.5, "size": "tiny-nvae"},
+        {"size": "tiny-free", "formulation": 0, "begin": "reconstruction"},
+        {"size": "tiny-free", "formulation": 0, "structure": "lowpass", "factor": 3},
+        {"size": "tiny-free", "formulation": 0, "structure": "guidance"},
+    ],
+    "decoder": [{"condition": 2.0}, {"rule": "sde"}],
     "vae": [{"temperature": 0.0}, {"code": 2}],
     "vqvae": [{"codes": 4}, {"resample": 0.5}],
     "nvae": [{"keep": 1, "tau": 0.0}, {"rule": ["mean", "sample", "mix"]}],
     "map": [{"begin": "prior"}],
     "elbo": [{"sign": True}],
 }
-"""Options beside the defaults under which a purifier must keep its contract; a newcomer needs no entry."""
+"""Options beside the defaults under which a purifier must keep its contract, and sizes of its parts beside tiny; a
+newcomer needs no entry."""
 
 REPEATED = ("diffpure", "vae", "vqvae", "map", "file")
 """One of every build under which two rounds keep the whole contract; that they repeat it is tested of all."""
@@ -87,16 +114,21 @@ def make(newcomer):
     """Build a purifier of ``CASES`` from fresh tiny parts: float64, eval mode, 2 steps where it has steps."""
 
     def build(case: tuple[str, dict], shape: tuple[int, int, int] = SHAPE) -> Purifier:
-        name, chosen = case
+        name, chosen = case[0], dict(case[1])
         component = registry.load("purifiers", name, newcomer if name == "file" else None)
-        steps = {"steps": 2} if "steps" in registry.options(component) else {}
+        options = registry.options(component)
+        steps = {"steps": 2} if "steps" in options else {}
+        if "t_star" in options and options["t_star"].default == 1.0:
+            steps["t_star"] = 0.3  # from noise alone an untrained network leaves the range, and a clamp has no gradient
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            parts = component.parts(shape, "tiny")
-            for network in parts.values():
-                if hasattr(network, "groups"):  # a ladder starts out nearly blind to the image
+            parts = component.parts(shape, chosen.pop("size", "tiny"))
+            for network in parts.values():  # a ladder starts out nearly blind to the image, an embedding quite
+                if isinstance(network, Ladder):
                     for head in network.groups:
                         torch.nn.init.normal_(head.of_posterior.outwards.weight, std=3.0)
+                if isinstance(network, Embedding):
+                    torch.nn.init.normal_(network[-1].weight)
         return component(*parts.values(), **steps | chosen).double().eval()
 
     return build

@@ -111,7 +111,7 @@ def test_t_star_a_tenth_is_index_99_in_the_discrete_schedule():
 
 
 def test_the_denoiser_never_mixes_schedules():
-    """Index labels go with the table, continuous labels with the formula; one time for all rows or one index each."""
+    """Index labels go with the table, continuous labels with the formula; one time for all rows or one for each."""
 
     class Label(torch.nn.Module):
         def forward(self, z, label):
@@ -123,7 +123,11 @@ def test_the_denoiser_never_mixes_schedules():
     assert index.alpha_bar(0) == continuous.alpha_bar(0) == 1
     assert index.noise(z, 0.1).unique().tolist() == [99]
     assert continuous.noise(z, 0.1).unique().tolist() == [pytest.approx(99.9)]
-    assert index.noise(z, torch.tensor([3, 7])).amax((1, 2, 3)).tolist() == [3, 7]
+    each = torch.tensor([0.004, 0.1], dtype=torch.float64).view(2, 1, 1, 1)
+    assert index.noise(z, each).amax((1, 2, 3)).tolist() == [3, 99]
+    assert continuous.noise(z, each).amax((1, 2, 3)).tolist() == pytest.approx([999 * 0.004, 99.9])
+    for denoiser in (index, continuous):
+        assert denoiser.alpha_bar(each).flatten().tolist() == [denoiser.alpha_bar(0.004), denoiser.alpha_bar(0.1)]
     with pytest.raises(ValueError, match="'both'"):
         Denoiser(Label(), VP_1000, "both")
 
@@ -131,7 +135,11 @@ def test_the_denoiser_never_mixes_schedules():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"t_star": 0.0}, "t_star must lie in"),
+        ({"t_star": -0.1}, "t_star must lie in"),
+        ({"t_star": [0.1, 0.0]}, "t_star must lie in"),
+        ({"t_star": 0.1, "spread": 0.1}, r"spread must lead to times in \(0, 1\], got t_star=0.1 and spread=0.1"),
+        ({"t_star": 0.1, "spread": -0.1}, "spread must lead to times"),
+        ({"t_star": 0.1, "spread": 0.05, "steps": 60}, "between 1 and"),
         ({"t_star": 1.5}, "t_star must lie in"),
         ({"t_star": 0.1, "steps": 101}, "between 1 and"),
         ({"steps": 0}, "between 1 and"),

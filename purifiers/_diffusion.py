@@ -1,0 +1,143 @@
+"""What all diffusion purifiers share: enter, diffuse to t_star, run the reverse chain, leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar, NamedTuple
+
+from torch import Size, Tensor, nn
+
+from purifiers import _sampler
+from purifiers._base import Images, Purifier
+from purifiers._denoiser import Denoiser, resize
+from purifiers._noise import Noise
+from purifiers._schedule import VP, Time
+
+
+class Kept(NamedTuple):
+    """What is kept over all steps.
+
+    Attributes:
+        size: height and width to return to.
+        t_star: the time that each row starts from, (B, 1, 1, 1), where rows have their own.
+        reference: an image on the scale of z that the chain is held to.
+        beside: a condition of z's shape.
+        embedded: a condition (B, d).
+    """
+
+    size: Size
+    t_star: Tensor | None = None
+    reference: Tensor | None = None
+    beside: Tensor | None = None
+    embedded: Tensor | None = None
+
+
+class Diffusion(Purifier):
+    """g(x) = leave(z_0), with z = sqrt(alpha_bar(t_star)) enter(x) + sigma n and z_0 by reverse steps from there.
+
+    A subclass says how images enter and leave, and what the denoiser knows at a step (``denoising``). The input is
+    noised with the discrete alpha_bar of index round(1000 t_star) - 1, and the first reverse step undoes that index.
+    ``sde`` integrates the continuous reverse SDE to t = 1e-5, which leaves a little noise; ``eta`` ends in the
+    predicted clean image and needs few steps; ``ode`` is the probability flow.
+
+    Args:
+        unet: predicts the noise; a diffusers UNet2DModel, on pixels or on patches.
+        t_star: time in [0, 1] to which the input is diffused, 0 for not at all; or a list of times, each diffused to
+            and undone in turn.
+        steps: reverse steps from each time; t_star · 1000 of them is a dt of 1e-3.
+        rule: "sde" (Euler-Maruyama), "ode" or "eta".
+        eta: with rule "eta": 0 is DDIM, 1 DDPM's ancestral sampling.
+        labels: what the net takes for a time: "index" (DDPM) or "continuous" (score_sde).
+        spread: each row's t_star is uniform on [t_star - spread, t_star + spread]; 0 for one and the same.
+        images: as ``Denoiser``.
+        rounds: repetitions of the whole.
+
+    Raises:
+        ValueError: if a t_star isn't in [0, 1], steps don't fit, the rule is unknown, eta isn't in [0, 1], or spread
+            leads out of (0, 1].
+    """
+
+    dial = "t_star"
+    RULES: ClassVar[dict[str, Callable[..., Tensor]]] = {
+        "sde": _sampler.euler_maruyama,
+        "ode": _sampler.probability_flow,
+        "eta": _sampler.eta_rule,
+    }
+    T_END = 1e-5
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        *,
+        t_star: float | list = 0.1,
+        steps: int = 100,
+        rule: str = "sde",
+        eta: float = 1.0,
+        labels: str = "index",
+        spread: float = 0.0,
+        images: int = 1,
+        rounds: int = 1,
+    ):
+        super().__init__(rounds=rounds)
+        if rule not in self.RULES:
+            raise ValueError(f"rule must be one of {', '.join(self.RULES)}, got {rule!r}")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1], got {eta}")
+        self.unet, self.schedule = unet, VP()
+        self.denoiser = Denoiser(unet, self.schedule, labels, images)
+        stars = [float(t) for t in (t_star if isinstance(t_star, list) else [t_star])]
+        self.chains = [] if stars == [0.0] else [self.schedule.times(t, steps) for t in stars]
+        for t in stars if spread else []:
+            if spread < 0 or not 0 < t - spread < t + spread <= 1:
+                raise ValueError(f"spread must lead to times in (0, 1], got t_star={t} and spread={spread}")
+            self.schedule.times(t - spread, steps)  # the shortest chain holds the steps, too
+        self.t_star, self.spread = t_star, spread
+        self.per_chain, self.steps = steps, steps * len(self.chains)
+        self.t_end = 0.0 if rule == "eta" else self.T_END
+        self.rule = partial(self.RULES[rule], eta=eta) if rule == "eta" else self.RULES[rule]
+
+    def enter(self, x: Images, noise: Noise) -> tuple[Tensor, Kept]:
+        """z_0 of the images, and what is kept of them; here 2x - 1 at the net's size."""
+        return self.denoiser.fit(2 * x - 1), Kept(x.shape[-2:])
+
+    def leave(self, z: Tensor, context: Kept) -> Images:
+        """The image of a z_0, at the size that came in."""
+        return ((resize(z, context.size) + 1) / 2).clamp(0, 1)
+
+    def denoising(self, k: int, context: Kept, noise: Noise) -> Denoiser:
+        """The denoiser of step k: the network's, or one that also knows a condition or follows a structure."""
+        return self.denoiser
+
+    def start(self, x: Images, noise: Noise) -> tuple[Tensor, Kept]:
+        z, context = self.enter(x, noise)
+        if self.spread:
+            u = noise.uniform("t_star", like=z[:, :1, :1, :1])
+            context = context._replace(t_star=self.spread * (2 * u - 1))
+        return (self._diffused(z, 0, context, noise) if self.chains else z), context
+
+    def step(self, k: int, state: Tensor, context: Kept, noise: Noise) -> Tensor:
+        chain, i = divmod(k, self.per_chain)
+        if i == 0 and chain > 0:
+            state = self._diffused(state, chain, context, noise.fold("chain", chain))
+        t, t_next = self._time(chain, i, context), self._time(chain, i + 1, context)
+        return self.rule(self.denoising(k, context, noise), state, t, t_next, k, noise)
+
+    def finish(self, state: Tensor, context: Kept) -> Images:
+        return self.leave(state, context)
+
+    @property
+    def times(self) -> list[float]:
+        """The times of the first chain, from t_star to its end."""
+        return [*self.chains[0], self.t_end] if self.chains else []
+
+    def _time(self, chain: int, i: int, context: Kept) -> Time:
+        """Time i of a chain: its own, or where rows differ that of the row's."""
+        if i == self.per_chain:
+            return self.t_end
+        if context.t_star is None:
+            return self.chains[chain][i]
+        return self.schedule.time(self.chains[chain][0] + context.t_star, i, self.per_chain)
+
+    def _diffused(self, z: Tensor, chain: int, context: Kept, noise: Noise) -> Tensor:
+        return _sampler.diffuse(z, self.schedule.discrete(self._time(chain, 0, context)), noise)

@@ -1,0 +1,115 @@
+"""A diffusion decoder: the image is drawn anew from its code alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from purifiers import _objectives
+from purifiers._base import Batch, Images
+from purifiers._codec import KL
+from purifiers._denoiser import Denoiser, Embedding, unet
+from purifiers._diffusion import Diffusion, Kept
+from purifiers._noise import Noise
+from purifiers.vae import VAE
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+
+class Form(NamedTuple):
+    """The size of the autoencoder, widths of the network that draws."""
+
+    autoencoder: str
+    widths: tuple[int, ...]
+
+
+SIZES = {
+    "tiny": Form("tiny", (8, 8)),
+    "small": Form("small", (32, 64)),
+    "medium": Form("medium", (64, 128, 128)),
+}
+
+
+class Decoder(Diffusion):
+    """g(x) = clamp((z_0 + 1) / 2), z_0 ~ p(z_0 | c) by reverse steps from sigma n; c = mu(x), the encoder's mean.
+
+    The chain begins with noise: all that is left of the image goes through its code, perturbation and content alike.
+    c enters beside the time: an MLP of it is added to the network's embedding of t.
+
+    Args:
+        autoencoder: diffusers' AutoencoderKL, of which the encoder is used.
+        embed: c → what is added to the embedding of the time.
+        unet: predicts the noise, given that.
+        t_star: time at which the chain begins; 1 for noise alone, below the mean image is expected in it.
+        steps, rule, eta, labels: as ``Diffusion``.
+        condition: 1 for the code as trained; more exaggerates it, 0 leaves it off:
+            n = n_off + condition (n_on - n_off).
+        rounds: repetitions of the whole.
+
+    Raises:
+        ValueError: as ``Diffusion``; if ``condition`` is negative.
+
+    Reference: Preechakul et al. 2022 (arXiv 2111.15640), with a code from a VAE and noise that is drawn; guidance
+    without a classifier: Ho and Salimans 2022 (arXiv 2207.12598).
+    """
+
+    dial = "condition"
+    given = ("autoencoder",)
+
+    def __init__(
+        self,
+        autoencoder: AutoencoderKL,
+        embed: nn.Module,
+        unet: nn.Module,
+        *,
+        t_star: float | list = 1.0,
+        steps: int = 100,
+        rule: str = "eta",
+        eta: float = 0.0,
+        labels: str = "index",
+        condition: float = 1.0,
+        rounds: int = 1,
+    ):
+        super().__init__(unet, t_star=t_star, steps=steps, rule=rule, eta=eta, labels=labels, rounds=rounds)
+        if condition < 0:
+            raise ValueError(f"condition must not be negative, got {condition}")
+        self.autoencoder, self.embed, self.codec, self.condition = autoencoder, embed, KL(autoencoder), condition
+
+    def enter(self, x: Images, noise: Noise) -> tuple[Tensor, Kept]:
+        z, context = super().enter(x, noise)
+        return torch.zeros_like(z), context._replace(embedded=self.embed(self.codec.encode(x).mean.flatten(1)))
+
+    def denoising(self, k: int, context: Kept, noise: Noise) -> Denoiser:
+        return self.denoiser.given(embedded=context.embedded).exaggerated(self.condition)
+
+    @property
+    def nfe(self) -> int:
+        """One pass of the encoder and one per step, two where a condition is exaggerated."""
+        return self.rounds * (self.steps * (1 if self.condition in (0, 1) else 2) + 1)
+
+    def objectives(
+        self, batch: Batch, noise: Noise, *, focus: float = 0.0, focus_below: float = 1.0, drop: float = 0.1
+    ) -> dict[str, Tensor]:
+        """E ‖n - n_theta(z_t, t, c)‖² with c drawn from q(c | x).
+
+        Args:
+            focus, focus_below: as ``_objectives.eps``.
+            drop: share of the images whose condition is left off.
+        """
+        posterior = self.codec.encode(batch.x)
+        code = _objectives.stopped(posterior.sample(noise.normal("posterior", like=posterior.mean))).flatten(1)
+        kept = noise.uniform("drop", like=code[:, :1]) >= drop
+        denoiser = self.denoiser.given(embedded=self.embed(code) * kept)
+        return {"embed+unet": _objectives.eps(denoiser, 2 * batch.x - 1, noise, focus=focus, focus_below=focus_below)}
+
+    @classmethod
+    def parts(cls, shape: tuple[int, int, int], size: str = "tiny") -> dict[str, nn.Module]:
+        autoencoder, widths = SIZES[size]
+        return {
+            "autoencoder": VAE.parts(shape, autoencoder)["autoencoder"],
+            "embed": Embedding(VAE.dimensions(shape, autoencoder), 4 * widths[0]),
+            "unet": unet(shape, widths, embeds=True),
+        }

@@ -1,0 +1,215 @@
+"""Diffusion held to the structure that a VAE sees: its reconstruction as condition, start, low frequencies or guide."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from purifiers import _objectives, _structure
+from purifiers._base import Batch, Images, Purifier
+from purifiers._codec import KL
+from purifiers._denoiser import Denoiser, Embedding, unet
+from purifiers._diffusion import Diffusion, Kept
+from purifiers._ladder import Ladder
+from purifiers._noise import Noise
+from purifiers._rounding import straight_through
+from purifiers.nvae import NVAE
+from purifiers.vae import VAE
+
+
+class Form(NamedTuple):
+    """The family and size of stage 1; widths of the network, the images it takes, and whether it takes the code."""
+
+    family: type[Purifier]
+    stage1: str
+    widths: tuple[int, ...]
+    images: int = 2
+    code: bool = False
+
+
+SIZES = {
+    "tiny": Form(VAE, "tiny", (8, 8)),
+    "tiny-z": Form(VAE, "tiny", (8, 8), code=True),
+    "tiny-nvae": Form(NVAE, "tiny", (8, 8)),
+    "tiny-free": Form(VAE, "tiny", (8, 8), images=1),
+    "small": Form(VAE, "small", (32, 64)),
+    "z": Form(VAE, "small", (32, 64), code=True),
+    "nvae": Form(NVAE, "small", (32, 64)),
+    "free": Form(VAE, "small", (32, 64), images=1),
+    "medium": Form(VAE, "medium", (64, 128, 128)),
+    "medium-z": Form(VAE, "medium", (64, 128, 128), code=True),
+    "medium-nvae": Form(NVAE, "medium", (64, 128, 128)),
+    "medium-free": Form(VAE, "medium", (64, 128, 128), images=1),
+}
+"""The free ones take no condition: the network is one of diffpure's."""
+BEGINS = ("input", "reconstruction", "noise")
+STRUCTURES = ("none", "lowpass", "guidance")
+
+
+class DiffuseVAE(Diffusion):
+    """g(x) = clamp((z_0 + 1) / 2), z_0 by reverse steps that know x̂, the reconstruction of x by stage 1.
+
+    How x̂ enters a network that was trained with it (``formulation``), with n_theta the noise that it predicts in z:
+
+    - 1: n_theta(z, t, x̂): x̂ is concatenated;
+    - 2: n_theta(z + x̂, t, x̂): the chain runs on u = z_t - x̂, so that z_t has the mean sqrt(alpha_bar) z_0 + x̂;
+      after that change of variable every rule is formulation 1's;
+    - 0: n_theta(z, t): the network is unconditional.
+
+    What needs no training: ``begin=reconstruction`` diffuses x̂ in place of x; ``structure=lowpass`` takes the coarse
+    part of every predicted z_0 from x̂, ``structure=guidance`` pulls the chain towards x̂. x and x̂ both come from an
+    attacked image, and the exact gradient goes through both branches. ``surrogates``: "image" and "structure" are the
+    gradients through one of them alone.
+
+    Args:
+        stage1: diffusers' AutoencoderKL, or the ladder of a hierarchical VAE.
+        unet: predicts the noise.
+        embed: takes the code of stage 1 to the embedding of the time, where the network was trained with it.
+        t_star, steps, rule, eta, labels: as ``Diffusion``.
+        formulation: as the network was trained.
+        begin: what is diffused: "input", "reconstruction", or "noise": nothing, for t_star=1.
+        condition: 1 for the condition as trained; more exaggerates it, 0 leaves it off.
+        structure: "none", "lowpass" or "guidance".
+        strength: of the structure: the share of the coarse part that is replaced; the weight w of guidance.
+        factor: width in pixels of what counts as coarse.
+        temperature: of stage 1's draws; 0 takes means.
+        rounds: repetitions of the whole.
+
+    Raises:
+        ValueError: as ``Diffusion``; for an unknown formulation, begin or structure, a condition on a network without,
+            or a negative strength, temperature or condition.
+
+    Reference: Pandey et al. 2022 (arXiv 2201.00308), sections 3.2 and 3.3; start from a reconstruction: Yue and Loy
+    2022 (arXiv 2212.06512); low-pass replacement: Choi et al. 2021 (arXiv 2108.02938).
+    """
+
+    surrogates = ("image", "structure")
+    given = ("stage1",)
+    FORMULATIONS: ClassVar[tuple[int, ...]] = (0, 1, 2)
+
+    def __init__(
+        self,
+        stage1: nn.Module,
+        unet: nn.Module,
+        embed: nn.Module | None = None,
+        *,
+        t_star: float | list = 0.1,
+        steps: int = 100,
+        rule: str = "eta",
+        eta: float = 1.0,
+        labels: str = "index",
+        formulation: int = 1,
+        begin: str = "input",
+        condition: float = 1.0,
+        structure: str = "none",
+        strength: float = 1.0,
+        factor: int = 4,
+        temperature: float = 0.0,
+        rounds: int = 1,
+    ):
+        for name, value, known in (
+            ("formulation", formulation, self.FORMULATIONS),
+            ("begin", begin, BEGINS),
+            ("structure", structure, STRUCTURES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
+        for name, number in (("condition", condition), ("strength", strength), ("temperature", temperature)):
+            if number < 0:
+                raise ValueError(f"{name} must not be negative, got {number}")
+        if factor < 1:
+            raise ValueError(f"factor must be at least 1, got {factor}")
+        if condition != 1 and not formulation and embed is None:
+            raise ValueError(f"condition={condition} asks for a network with a condition; formulation 0 has none")
+        images = 2 if formulation else 1
+        super().__init__(
+            unet, t_star=t_star, steps=steps, rule=rule, eta=eta, labels=labels, images=images, rounds=rounds
+        )
+        self.stage1, self.embed = stage1, embed
+        if begin != "input":
+            self.surrogates = ()  # type: ignore[misc]  # all there is of x is in x̂: one branch
+        self.formulation, self.begin, self.condition = formulation, begin, condition
+        self.structure, self.strength, self.factor, self.temperature = structure, strength, factor, temperature
+
+    def enter(self, x: Images, noise: Noise) -> tuple[Tensor, Kept]:
+        seen = _held(x) if self.through == "image" else x
+        x_hat, code = self._seen(seen, noise.fold("stage1"), self.temperature)
+        z, context = super().enter(_held(x) if self.through == "structure" else x, noise)
+        x_hat = self.denoiser.fit(2 * x_hat - 1)
+        begin = {"input": z, "reconstruction": x_hat, "noise": torch.zeros_like(z)}[self.begin]
+        embedded = None if self.embed is None else self.embed(code)
+        return begin, context._replace(reference=x_hat, beside=x_hat if self.formulation else None, embedded=embedded)
+
+    def denoising(self, k: int, context: Kept, noise: Noise) -> Denoiser:
+        denoiser = self._given(context.beside, context.embedded).exaggerated(self.condition)
+        if self.structure == "none":
+            return denoiser
+        reference: Any = context.reference
+        if self.structure == "lowpass":
+            return denoiser.edited(_structure.low_passed(reference, weight=self.strength, factor=self.factor))
+        fresh = noise.fold("guide", k)
+        return denoiser.edited(_structure.guided(reference, fresh, strength=self.strength, matched=True))
+
+    @property
+    def nfe(self) -> int:
+        """One pass of stage 1 and one per step, two where a condition is exaggerated."""
+        return self.rounds * (self.steps * (1 if self.condition in (0, 1) else 2) + 1)
+
+    def objectives(
+        self,
+        batch: Batch,
+        noise: Noise,
+        *,
+        focus: float = 0.0,
+        focus_below: float = 1.0,
+        drop: float = 0.1,
+        augment: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """E ‖n - n_theta‖² given x̂, a reconstruction with a code drawn from stage 1.
+
+        Args:
+            focus, focus_below: as ``_objectives.eps``.
+            drop: share of the images whose condition is left off, each by a coin of its own.
+            augment: stage 1 sees x + sigma_c n with sigma_c uniform in [0, augment] for each image, so that the x̂ of an
+                attacked image is one that the network knows.
+        """
+        x = batch.x
+        sigma = augment * noise.uniform("augment", like=x[:, :1, :1, :1])
+        x_hat, code = self._seen(x + sigma * noise.normal("augmented", like=x), noise.fold("stage1"), 1.0)
+        kept = noise.uniform("drop", like=x[:, :1, :1, :1]) >= drop
+        beside = _objectives.stopped(self.denoiser.fit(2 * x_hat - 1)) * kept if self.formulation else None
+        embedded = None if self.embed is None else self.embed(_objectives.stopped(code)) * kept[:, :, 0, 0]
+        z = self.denoiser.fit(2 * x - 1)
+        loss = _objectives.eps(self._given(beside, embedded), z, noise, focus=focus, focus_below=focus_below)
+        return {"unet" if self.embed is None else "unet+embed": loss}
+
+    @classmethod
+    def parts(cls, shape: tuple[int, int, int], size: str = "tiny") -> dict[str, nn.Module]:
+        family, stage1, widths, images, code = SIZES[size]
+        (network,) = family.parts(shape, stage1).values()
+        parts = {"stage1": network, "unet": unet(shape, widths, images=images, embeds=code)}
+        if code:
+            parts["embed"] = Embedding(VAE.dimensions(shape, stage1), 4 * widths[0])
+        return parts
+
+    def _given(self, beside: Tensor | None, embedded: Tensor | None) -> Denoiser:
+        return self.denoiser.given(beside=beside, shifts=self.formulation == 2, embedded=embedded)
+
+    def _seen(self, x: Images, noise: Noise, temperature: float) -> tuple[Images, Tensor]:
+        """x̂ in [0, 1], and the code that it was decoded from (of a ladder none)."""
+        if isinstance(self.stage1, Ladder):
+            rule = "sample" if temperature else "mean"
+            return NVAE(self.stage1, rule=rule, tau=temperature)(x, noise), x.new_zeros(len(x), 0)
+        codec = KL(self.stage1)  # type: ignore[arg-type]
+        posterior = codec.encode(x)
+        code = posterior.mean
+        if temperature:
+            code = posterior.sample(temperature * noise.normal("posterior", like=code))
+        return codec.decode(code, x.shape).clamp(0, 1), code.flatten(1)
+
+
+def _held(x: Tensor) -> Tensor:
+    """x without a gradient to it: the branch that an attacker leaves alone."""
+    return straight_through(x, torch.zeros_like(x))
