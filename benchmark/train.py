@@ -175,8 +175,9 @@ def _start(recipe: Recipe, images: data.Dataset, parts: dict[str, nn.Module], ou
 def _grow(net: nn.Module, state: dict[str, Tensor]) -> None:
     """Load weights into a network that may take more input channels than they do: it does nothing with those yet."""
     for name, fresh in net.state_dict().items():
-        if fresh.ndim == 4 and fresh.shape[1] > state[name].shape[1]:
-            state[name] = nn.functional.pad(state[name], (0, 0, 0, 0, 0, fresh.shape[1] - state[name].shape[1]))
+        missing = fresh.shape[1] - state[name].shape[1] if fresh.ndim == 4 and name in state else 0
+        if missing > 0:
+            state[name] = nn.functional.pad(state[name], (0, 0, 0, 0, 0, missing))
     net.load_state_dict(state)
 
 

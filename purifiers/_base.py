@@ -40,7 +40,7 @@ class SDE(NamedTuple):
     """
 
     drift: Callable[[Tensor, float], Tensor]
-    diffusion: Callable[[float], float]
+    diffusion: Callable[[float], float | Tensor]
     times: list[float]
 
 

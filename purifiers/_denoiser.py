@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,31 +16,54 @@ Edit: TypeAlias = "Callable[[Denoiser, Tensor, Time, Tensor], Tensor]"
 """(denoiser, z, t, predicted noise) → another predicted noise."""
 
 
-def unet(
-    shape: tuple[int, int, int], widths: Sequence[int], *, patch: int = 2, images: int = 1, embeds: bool = False
-) -> nn.Module:
-    """A fresh UNet2DModel for z of ``shape`` (C, H, W), on patch × patch patches: 2 halves the cost of pixels.
+class Form(NamedTuple):
+    """Channels from the first level to the last; z is seen in patch × patch patches; residual blocks per level."""
+
+    widths: tuple[int, ...]
+    patch: int = 2
+    layers: int = 1
+
+
+FORMS = {
+    "tiny": Form((8, 8)),
+    "small": Form((32, 64)),
+    "medium": Form((64, 128, 192), 1, 2),
+    "latent-tiny": Form((8,), 1),
+    "latent-small": Form((64,), 1),
+    "latent-medium": Form((96, 192), 1, 2),
+}
+"""small is for 28×28 images, on patches at half the cost of pixels; medium for 32×32 on a GPU; those for latents see
+every site."""
+
+
+def unet(shape: tuple[int, int, int], form: str, *, images: int = 1, embeds: bool = False) -> nn.Module:
+    """A fresh UNet2DModel of one of ``FORMS`` for z of ``shape`` (C, H, W).
 
     Args:
-        widths: channels from the first level to the last.
         images: how many images of z's channels it takes.
-        embeds: whether it takes an embedding (B, 4 widths[0]) beside the time's.
+        embeds: whether it takes an embedding (B, ``embedding(form)``) beside the time's.
     """
     from diffusers import UNet2DModel  # heavy: only where networks are built
 
+    widths, patch, layers = FORMS[form]
     channels = patch * patch * shape[0]
     return UNet2DModel(
         sample_size=shape[1] // patch,
         in_channels=images * channels,
         out_channels=channels,
-        block_out_channels=tuple(widths),
-        layers_per_block=1,
+        block_out_channels=widths,
+        layers_per_block=layers,
         down_block_types=("DownBlock2D",) * len(widths),
         up_block_types=("UpBlock2D",) * len(widths),
         norm_num_groups=8 if min(widths) > 8 else 4,
         add_attention=False,
         class_embed_type="identity" if embeds else None,
     )
+
+
+def embedding(form: str) -> int:
+    """The width of a network's embedding of the time."""
+    return 4 * FORMS[form].widths[0]
 
 
 class Embedding(nn.Sequential):
@@ -63,8 +86,8 @@ def resize(z: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def root(v: Time) -> Time:
-    """The square root of a number or of one per row."""
-    return v.sqrt() if isinstance(v, Tensor) else math.sqrt(v)
+    """The square root of a number or of one per row; 0 of what rounding led below 0."""
+    return v.clamp_min(0).sqrt() if isinstance(v, Tensor) else math.sqrt(max(v, 0.0))
 
 
 class Denoiser:
@@ -180,11 +203,12 @@ class Denoiser:
 
     def _embedding(self, z: Tensor) -> dict[str, Tensor]:
         """What a net that takes an embedding beside the time is handed: diffusers' class_labels."""
-        config = getattr(self.net, "config", None)
+        config: Any = getattr(self.net, "config", None)
         if getattr(config, "class_embed_type", None) != "identity":
             return {}
-        embedded = self.embedded
-        return {"class_labels": z.new_zeros(len(z), 4 * config.block_out_channels[0]) if embedded is None else embedded}
+        if self.embedded is not None:
+            return {"class_labels": self.embedded}
+        return {"class_labels": z.new_zeros(len(z), 4 * config.block_out_channels[0])}
 
     def _patch(self, channels: int) -> int:
         inputs = getattr(getattr(self.net, "config", None), "in_channels", channels * self.images)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from purifiers._denoiser import Denoiser
+from purifiers._denoiser import Denoiser, root
 from purifiers._noise import Noise
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ def vlb(denoiser: Denoiser, z: Tensor, noise: Noise, levels: Levels) -> tuple[Te
 
 def _missed(denoiser: Denoiser, z: Tensor, t: Tensor, noise: Noise) -> Tensor:
     """‖n - n_theta(z_t, t)‖², element by element, at a time for each row."""
-    alpha_bar, target = denoiser.alpha_bar(t), noise.normal("target", like=z)
-    return (denoiser.noise(alpha_bar.sqrt() * z + (1 - alpha_bar).sqrt() * target, t) - target).square()
+    a, target = denoiser.alpha_bar(t), noise.normal("target", like=z)
+    return (denoiser.noise(root(a) * z + root(1 - a) * target, t) - target).square()
 
 
 def gaussian(x: Tensor, x_hat: Tensor, sigma_x: float | None = None) -> Tensor:

@@ -30,8 +30,8 @@ def eta_rule(denoiser: Denoiser, z: Tensor, t: Time, t_next: Time, k: int, noise
     a, a_next = denoiser.alpha_bar(t), denoiser.alpha_bar(t_next)
     n = denoiser.noise(z, t)
     x0 = denoiser.clean(z, t, n)
-    s = eta * root((1 - a_next) / (1 - a) * (1 - a / a_next))
-    z = root(a_next) * x0 + root(abs(1 - a_next - s * s)) * n  # abs: where it is 0, rounding may go below
+    s: Time = eta * root((1 - a_next) / (1 - a) * (1 - a / a_next))
+    z = root(a_next) * x0 + root(1 - a_next - s * s) * n
     if not isinstance(s, Tensor) and s == 0:
         return z
     return z + s * noise.normal("reverse", k, like=z)

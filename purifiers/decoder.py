@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,27 +10,13 @@ from torch import Tensor, nn
 from purifiers import _objectives
 from purifiers._base import Batch, Images
 from purifiers._codec import KL
-from purifiers._denoiser import Denoiser, Embedding, unet
+from purifiers._denoiser import Denoiser, Embedding, embedding, unet
 from purifiers._diffusion import Diffusion, Kept
 from purifiers._noise import Noise
 from purifiers.vae import VAE
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
-
-
-class Form(NamedTuple):
-    """The size of the autoencoder, widths of the network that draws."""
-
-    autoencoder: str
-    widths: tuple[int, ...]
-
-
-SIZES = {
-    "tiny": Form("tiny", (8, 8)),
-    "small": Form("small", (32, 64)),
-    "medium": Form("medium", (64, 128, 128)),
-}
 
 
 class Decoder(Diffusion):
@@ -107,9 +93,8 @@ class Decoder(Diffusion):
 
     @classmethod
     def parts(cls, shape: tuple[int, int, int], size: str = "tiny") -> dict[str, nn.Module]:
-        autoencoder, widths = SIZES[size]
         return {
-            "autoencoder": VAE.parts(shape, autoencoder)["autoencoder"],
-            "embed": Embedding(VAE.dimensions(shape, autoencoder), 4 * widths[0]),
-            "unet": unet(shape, widths, embeds=True),
+            "autoencoder": VAE.parts(shape, size)["autoencoder"],
+            "embed": Embedding(VAE.dimensions(shape, size), embedding(size)),
+            "unet": unet(shape, size, embeds=True),
         }

@@ -13,8 +13,6 @@ from purifiers._denoiser import unet
 from purifiers._diffusion import Diffusion
 from purifiers._noise import Noise
 
-SIZES = {"tiny": (8, 8), "small": (32, 64)}
-
 
 class DiffPure(Diffusion):
     """z = sqrt(alpha_bar(t_star)) (2x - 1) + sigma n, then ``steps`` reverse steps; g(x) = clamp((z_0 + 1) / 2).
@@ -87,7 +85,7 @@ class DiffPure(Diffusion):
 
     @classmethod
     def parts(cls, shape: tuple[int, int, int], size: str = "tiny") -> dict[str, nn.Module]:
-        return {"unet": unet(shape, SIZES[size])}
+        return {"unet": unet(shape, size)}
 
     @classmethod
     def critics(cls, shape: tuple[int, int, int], size: str = "tiny") -> dict[str, nn.Module]:

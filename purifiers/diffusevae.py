@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from purifiers import _objectives, _structure
 from purifiers._base import Batch, Images, Purifier
 from purifiers._codec import KL
-from purifiers._denoiser import Denoiser, Embedding, unet
+from purifiers._denoiser import Denoiser, Embedding, embedding, unet
 from purifiers._diffusion import Diffusion, Kept
 from purifiers._ladder import Ladder
 from purifiers._noise import Noise
@@ -20,30 +20,15 @@ from purifiers.vae import VAE
 
 
 class Form(NamedTuple):
-    """The family and size of stage 1; widths of the network, the images it takes, and whether it takes the code."""
+    """The family of stage 1, the images that the network takes, and whether it takes the code."""
 
-    family: type[Purifier]
-    stage1: str
-    widths: tuple[int, ...]
+    family: type[Purifier] = VAE
     images: int = 2
     code: bool = False
 
 
-SIZES = {
-    "tiny": Form(VAE, "tiny", (8, 8)),
-    "tiny-z": Form(VAE, "tiny", (8, 8), code=True),
-    "tiny-nvae": Form(NVAE, "tiny", (8, 8)),
-    "tiny-free": Form(VAE, "tiny", (8, 8), images=1),
-    "small": Form(VAE, "small", (32, 64)),
-    "z": Form(VAE, "small", (32, 64), code=True),
-    "nvae": Form(NVAE, "small", (32, 64)),
-    "free": Form(VAE, "small", (32, 64), images=1),
-    "medium": Form(VAE, "medium", (64, 128, 128)),
-    "medium-z": Form(VAE, "medium", (64, 128, 128), code=True),
-    "medium-nvae": Form(NVAE, "medium", (64, 128, 128)),
-    "medium-free": Form(VAE, "medium", (64, 128, 128), images=1),
-}
-"""The free ones take no condition: the network is one of diffpure's."""
+FORMS = {"": Form(), "z": Form(code=True), "nvae": Form(NVAE), "free": Form(images=1)}
+"""What may follow a size, as in small-nvae. The free one takes no condition: its network is one of diffpure's."""
 BEGINS = ("input", "reconstruction", "noise")
 STRUCTURES = ("none", "lowpass", "guidance")
 
@@ -129,7 +114,7 @@ class DiffuseVAE(Diffusion):
         )
         self.stage1, self.embed = stage1, embed
         if begin != "input":
-            self.surrogates = ()  # type: ignore[misc]  # all there is of x is in x̂: one branch
+            self.surrogates = ()  # type: ignore[misc, assignment]  # all there is of x is in x̂: one branch
         self.formulation, self.begin, self.condition = formulation, begin, condition
         self.structure, self.strength, self.factor, self.temperature = structure, strength, factor, temperature
 
@@ -187,11 +172,12 @@ class DiffuseVAE(Diffusion):
 
     @classmethod
     def parts(cls, shape: tuple[int, int, int], size: str = "tiny") -> dict[str, nn.Module]:
-        family, stage1, widths, images, code = SIZES[size]
-        (network,) = family.parts(shape, stage1).values()
-        parts = {"stage1": network, "unet": unet(shape, widths, images=images, embeds=code)}
+        size, _, form = size.partition("-")
+        family, images, code = FORMS[form]
+        (stage1,) = family.parts(shape, size).values()
+        parts = {"stage1": stage1, "unet": unet(shape, size, images=images, embeds=code)}
         if code:
-            parts["embed"] = Embedding(VAE.dimensions(shape, stage1), 4 * widths[0])
+            parts["embed"] = Embedding(VAE.dimensions(shape, size), embedding(size))
         return parts
 
     def _given(self, beside: Tensor | None, embedded: Tensor | None) -> Denoiser:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from purifiers import _structure
@@ -60,10 +62,9 @@ class GDMP(DiffPure):
         return z, context._replace(reference=z)
 
     def denoising(self, k: int, context: Kept, noise: Noise) -> Denoiser:
-        fresh = noise.fold("guide", k)
-        return self.denoiser.edited(
-            _structure.guided(context.reference, fresh, strength=self.strength, matched=self.matched)
-        )
+        z_x: Any = context.reference
+        pull = _structure.guided(z_x, noise.fold("guide", k), strength=self.strength, matched=self.matched)
+        return self.denoiser.edited(pull)
 
     def sde(self) -> None:
         return None  # the pull draws noise of its own at every step

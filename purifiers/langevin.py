@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -72,8 +73,9 @@ class Langevin(DiffPure):
         return self.enter(x, noise)
 
     def denoising(self, k: int, context: Kept, noise: Noise) -> Denoiser:
+        z_x: Any = context.reference
         return self.denoiser.edited(
-            lambda denoiser, z, t, n: n + root(1 - denoiser.alpha_bar(t)) * (z - context.reference) / self.anchor**2
+            lambda denoiser, z, t, n: n + root(1 - denoiser.alpha_bar(t)) * (z - z_x) / self.anchor**2
         )
 
     def diffused(self, k: int, x: Images, noise: Noise) -> None:

@@ -17,20 +17,20 @@ from purifiers.vqvae import VQVAE
 
 
 class Form(NamedTuple):
-    """The family and size of the autoencoder; widths of the network on latents."""
+    """The family and size of the autoencoder; the form of the network on latents."""
 
     family: type[Purifier]
     size: str
-    widths: tuple[int, ...]
+    unet: str
 
 
 SIZES = {
-    "tiny": Form(VAE, "tiny", (8,)),
-    "tiny-vq": Form(VQVAE, "tiny", (8,)),
-    "small": Form(VAE, "latent", (64,)),
-    "vq": Form(VQVAE, "small", (64,)),
-    "medium": Form(VAE, "medium-latent", (128, 256)),
-    "medium-vq": Form(VQVAE, "medium", (128, 256)),
+    "tiny": Form(VAE, "tiny", "latent-tiny"),
+    "tiny-vq": Form(VQVAE, "tiny", "latent-tiny"),
+    "small": Form(VAE, "latent", "latent-small"),
+    "vq": Form(VQVAE, "small", "latent-small"),
+    "medium": Form(VAE, "medium-latent", "latent-medium"),
+    "medium-vq": Form(VQVAE, "medium", "latent-medium"),
 }
 """28×28 images: small 7×7×4 latents, vq 7×7×8. medium is for 32×32 on a GPU: 8×8 latents."""
 
@@ -108,7 +108,7 @@ class Latent(Diffusion):
 
     @classmethod
     def parts(cls, shape: tuple[int, int, int], size: str = "tiny") -> dict[str, nn.Module]:
-        family, codec, widths = SIZES[size]
+        family, codec, form = SIZES[size]
         autoencoder: Any = family.parts(shape, codec)["autoencoder"]
         channels = autoencoder.config.latent_channels
         factor = 2 ** len(autoencoder.config.block_out_channels)  # of the patches and the levels
@@ -116,7 +116,7 @@ class Latent(Diffusion):
         return {
             "autoencoder": autoencoder,
             "standard": Standard(channels),
-            "unet": unet(grid, widths, patch=1),
+            "unet": unet(grid, form),
         }
 
     def _encoded(self, x: Images) -> Tensor:
