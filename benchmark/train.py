@@ -24,6 +24,8 @@ from purifiers import Batch, Tape
 RECIPES = Path(__file__).parent / "recipes.toml"
 LARGER = "cifar10"
 """The data set whose recipes, for a GPU, stand in the cards of small models, too."""
+MEASURED = 10_000
+"""Network evaluations of a purifier that a card's accuracies are measured with."""
 SAVE_EVERY = 60.0
 """Seconds between saves of a training under way."""
 
@@ -216,7 +218,8 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """What trained weights do on images they never saw: the objective and the accuracy, with n.
 
-    The accuracy of a purifier is that of the shipped ``resnet`` on images purified once.
+    The accuracy of a purifier is that of the shipped ``resnet`` on images purified once. Purifiers of many steps are
+    measured on the first ``MEASURED`` / NFE images.
     """
     module.eval()
     device = next(module.parameters()).device
@@ -228,7 +231,8 @@ def measure(
     for split in ("validation", "test"):
         wanted = 10_000 if split == "test" else 1  # a test set at hand may be an excerpt
         images = data.load(f"{dataset}:split={split}", wanted, data_dir=data_dir)
-        images = images if limit is None else images.first(min(limit, len(images)))
+        most = min(len(images), MEASURED // getattr(module, "nfe", 1))
+        images = images.first(most if limit is None else min(limit, most))
         sums: dict[str, float] = {}
         for first in range(0, len(images), 250):
             rows = slice(first, first + 250)

@@ -126,6 +126,12 @@ class Diffusion(Purifier):
     def finish(self, state: Tensor, context: Kept) -> Images:
         return self.leave(state, context)
 
+    def diffused(self, k: int, x: Images, noise: Noise) -> Tensor | None:
+        if self.spread or len(self.chains) != 1:
+            return None
+        z, _ = self.enter(x, noise)
+        return _sampler.diffuse(z, self.denoiser.alpha_bar(self.times[k]), noise)
+
     @property
     def times(self) -> list[float]:
         """The times of the first chain, from t_star to its end."""

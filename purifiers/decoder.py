@@ -71,6 +71,9 @@ class Decoder(Diffusion):
     def denoising(self, k: int, context: Kept, noise: Noise) -> Denoiser:
         return self.denoiser.given(embedded=context.embedded).exaggerated(self.condition)
 
+    def diffused(self, k: int, x: Images, noise: Noise) -> None:
+        return None  # no image is diffused
+
     @property
     def nfe(self) -> int:
         """One pass of the encoder and one per step, two where a condition is exaggerated."""

@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from purifiers import _objectives, _sampler
-from purifiers._base import SDE, Batch, Images
+from purifiers._base import SDE, Batch
 from purifiers._critics import Levels
 from purifiers._denoiser import unet
 from purifiers._diffusion import Diffusion
@@ -50,11 +50,6 @@ class DiffPure(Diffusion):
         super().__init__(
             unet, t_star=t_star, steps=steps, rule=rule, eta=eta, labels=labels, spread=spread, rounds=rounds
         )
-
-    def diffused(self, k: int, x: Images, noise: Noise) -> Tensor | None:
-        if self.spread or len(self.chains) != 1:
-            return None
-        return _sampler.diffuse(self.denoiser.fit(2 * x - 1), self.denoiser.alpha_bar(self.times[k]), noise)
 
     def sde(self) -> SDE | None:
         if self.rule is not _sampler.euler_maruyama or self.spread or len(self.chains) != 1:

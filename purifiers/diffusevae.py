@@ -137,6 +137,9 @@ class DiffuseVAE(Diffusion):
         fresh = noise.fold("guide", k)
         return denoiser.edited(_structure.guided(reference, fresh, strength=self.strength, matched=True))
 
+    def diffused(self, k: int, x: Images, noise: Noise) -> Tensor | None:
+        return None if self.begin == "noise" else super().diffused(k, x, noise)
+
     @property
     def nfe(self) -> int:
         """One pass of stage 1 and one per step, two where a condition is exaggerated."""

@@ -29,20 +29,28 @@ def deviation(purifier, x: torch.Tensor, tape: Tape) -> torch.Tensor:
     for r in range(purifier.rounds):
         noise = tape.fold("round", r)
         z, context = purifier.start(x, noise)
-        n = noise.normal("diffuse", like=x)
+        entered = purifier.enter(x, noise)[0]
+        n = noise.normal("diffuse", like=entered)
         for k in range(purifier.steps):
             z = purifier.step(k, z, context, noise)
             alpha_bar = purifier.denoiser.alpha_bar(purifier.times[k + 1])
-            straight = alpha_bar**0.5 * (2 * x - 1) + (1 - alpha_bar) ** 0.5 * n
+            straight = alpha_bar**0.5 * entered + (1 - alpha_bar) ** 0.5 * n
             found.append((z - straight).square().flatten(1).mean(1))
         x = purifier.finish(z, context)
     return torch.stack(found).mean(0)
 
 
 @pytest.mark.parametrize("copies", [1, 2])
-@pytest.mark.parametrize("options", [{"rule": "sde"}, {"rule": "eta"}, {"rule": "eta", "rounds": 2}], ids=str)
-def test_diffattack_climbs_the_loss_and_the_deviation(options, copies, make):
-    purifier = make(("diffpure", options))
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("diffpure", {"rule": "sde"}), ("diffpure", {"rule": "eta"}), ("diffpure", {"rule": "eta", "rounds": 2}),
+        ("latent", {"rule": "eta"}), ("diffusevae", {}), ("gdmp", {"t_star": 0.1}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_diffattack_climbs_the_loss_and_the_deviation(case, copies, make):
+    purifier = make(case)
     defense, x, y = Defense(purifier, classifier(), copies=copies), images(N), torch.arange(N)
     victim = victim_of(defense)
     found = DiffAttack(weight=7.0, eot=1, steps=1).look(0, x, x, y, victim)
