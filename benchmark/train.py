@@ -165,9 +165,12 @@ def _start(recipe: Recipe, images: data.Dataset, parts: dict[str, nn.Module], ou
         card, _, trained = source.rpartition(".")
         if card not in known:
             raise UsageError(f"training starts from {card}, which has no weights; train it first into the same --out")
-        found = checkpoints.read_card(known[card])["files"].get(trained)
+        files = checkpoints.read_card(known[card])["files"]
+        found = files.get(trained)
         if found is None and isinstance(recipe.init, str):
             continue  # a part of its own
+        if found is None or part not in parts:
+            raise UsageError(f"init: {part} = {source!r}: parts are {', '.join(parts)}; {card} has {', '.join(files)}")
         built = checkpoints.build(recipe.kind, card, checkpoints.Need(images.form, roots=roots))
         _grow(parts[part], built.module.get_submodule(trained).state_dict())
         entries[part] = {"of": card} | found
@@ -231,7 +234,7 @@ def measure(
     for split in ("validation", "test"):
         wanted = 10_000 if split == "test" else 1  # a test set at hand may be an excerpt
         images = data.load(f"{dataset}:split={split}", wanted, data_dir=data_dir)
-        most = min(len(images), MEASURED // getattr(module, "nfe", 1))
+        most = min(len(images), max(MEASURED // getattr(module, "nfe", 1), 100))
         images = images.first(most if limit is None else min(limit, most))
         sums: dict[str, float] = {}
         for first in range(0, len(images), 250):

@@ -174,7 +174,7 @@ class Purifier(nn.Module):
         return {}
 
     def settle(self, x: Images) -> None:
-        """Set what has a closed form, or a library's fit, from many training images; called after training."""
+        """Set what has a closed form, or a library's fit, from many training images; called before training."""
 
 
 class Defense(nn.Module):

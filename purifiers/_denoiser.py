@@ -78,6 +78,13 @@ class Embedding(nn.Sequential):
             nn.init.zeros_(parameter)
 
 
+class Canvas(nn.Sequential):
+    """c (B, d) → an image (B, C, H, W), linear in c: for a network that is told of places and not of wholes."""
+
+    def __init__(self, d: int, shape: tuple[int, int, int]):
+        super().__init__(nn.Linear(d, math.prod(shape)), nn.Unflatten(1, shape))
+
+
 def resize(z: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear interpolation to (height, width), as DiffPure's of ImageNet; differentiable, and nothing if it fits."""
     if tuple(z.shape[-2:]) == tuple(size):
@@ -211,5 +218,12 @@ class Denoiser:
         return {"class_labels": z.new_zeros(len(z), 4 * config.block_out_channels[0])}
 
     def _patch(self, channels: int) -> int:
+        """The side p of the patches that the net sees: it takes images · p² · channels."""
         inputs = getattr(getattr(self.net, "config", None), "in_channels", channels * self.images)
-        return math.isqrt(inputs // (channels * self.images))
+        patch = math.isqrt(inputs // (channels * self.images))
+        if inputs != channels * self.images * patch * patch:
+            raise ValueError(
+                f"the network takes {inputs} channels, which aren't {self.images} image(s) of {channels} in patches: "
+                "was it trained with a condition, or without?"
+            )
+        return patch

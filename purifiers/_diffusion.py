@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar, NamedTuple
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Size, Tensor, nn
 
-from purifiers import _sampler
+from purifiers import _sampler, _structure
 from purifiers._base import Images, Purifier
 from purifiers._denoiser import Denoiser, resize
 from purifiers._noise import Noise
@@ -19,7 +20,7 @@ class Kept(NamedTuple):
     """What is kept over all steps.
 
     Attributes:
-        size: height and width to return to.
+        size: height and width to return to, or the whole shape.
         t_star: the time that each row starts from, (B, 1, 1, 1), where rows have their own.
         reference: an image on the scale of z that the chain is held to.
         beside: a condition of z's shape.
@@ -37,14 +38,15 @@ class Diffusion(Purifier):
     """g(x) = leave(z_0), with z = sqrt(alpha_bar(t_star)) enter(x) + sigma n and z_0 by reverse steps from there.
 
     A subclass says how images enter and leave, and what the denoiser knows at a step (``denoising``). The input is
-    noised with the discrete alpha_bar of index round(1000 t_star) - 1, and the first reverse step undoes that index.
-    ``sde`` integrates the continuous reverse SDE to t = 1e-5, which leaves a little noise; ``eta`` ends in the
-    predicted clean image and needs few steps; ``ode`` is the probability flow.
+    noised with the alpha_bar of index round(1000 t_star) - 1, and the first reverse step undoes that index. ``sde``
+    integrates the continuous reverse SDE to t = 1e-5 as DiffPure does, which leaves a little noise; its input is noised
+    with the discrete alpha_bar even if the net is one of continuous time. ``eta`` ends in the predicted clean image and
+    needs few steps; ``ode`` is the probability flow.
 
     Args:
         unet: predicts the noise; a diffusers UNet2DModel, on pixels or on patches.
-        t_star: time in [0, 1] to which the input is diffused, 0 for not at all; or a list of times, each diffused to
-            and undone in turn.
+        t_star: time in [0, 1] to which the input is diffused, 0 for not at all; or a list of times in (0, 1], each
+            diffused to and undone in turn.
         steps: reverse steps from each time; t_star · 1000 of them is a dt of 1e-3.
         rule: "sde" (Euler-Maruyama), "ode" or "eta".
         eta: with rule "eta": 0 is DDIM, 1 DDPM's ancestral sampling.
@@ -54,8 +56,8 @@ class Diffusion(Purifier):
         rounds: repetitions of the whole.
 
     Raises:
-        ValueError: if a t_star isn't in [0, 1], steps don't fit, the rule is unknown, eta isn't in [0, 1], or spread
-            leads out of (0, 1].
+        ValueError: if a t_star is out of range or the list empty, steps don't fit, the rule is unknown, eta isn't in
+            [0, 1], or spread leads out of (0, 1].
     """
 
     dial = "t_star"
@@ -87,6 +89,8 @@ class Diffusion(Purifier):
         self.unet, self.schedule = unet, VP()
         self.denoiser = Denoiser(unet, self.schedule, labels, images)
         stars = [float(t) for t in (t_star if isinstance(t_star, list) else [t_star])]
+        if not stars:
+            raise ValueError("t_star is an empty list; give a time, or 0 for none")
         self.chains = [] if stars == [0.0] else [self.schedule.times(t, steps) for t in stars]
         for t in stars if spread else []:
             if spread < 0 or not 0 < t - spread < t + spread <= 1:
@@ -95,6 +99,7 @@ class Diffusion(Purifier):
         self.t_star, self.spread = t_star, spread
         self.per_chain, self.steps = steps, steps * len(self.chains)
         self.t_end = 0.0 if rule == "eta" else self.T_END
+        self.response = partial(_sampler.response, rule, self.denoiser, eta=eta)
         self.rule = partial(self.RULES[rule], eta=eta) if rule == "eta" else self.RULES[rule]
 
     def enter(self, x: Images, noise: Noise) -> tuple[Tensor, Kept]:
@@ -129,8 +134,28 @@ class Diffusion(Purifier):
     def diffused(self, k: int, x: Images, noise: Noise) -> Tensor | None:
         if self.spread or len(self.chains) != 1:
             return None
-        z, _ = self.enter(x, noise)
+        z, context = self.enter(x, noise)
+        if k == 0:
+            return self._diffused(z, 0, context, noise)
         return _sampler.diffuse(z, self.denoiser.alpha_bar(self.times[k]), noise)
+
+    def check_pull(self, strength: float, matched: bool) -> None:
+        """No step may move z beyond what it is pulled to: from there on the chain swings, and what it gives is noise.
+
+        Raises:
+            ValueError: with the strongest pull that these steps bear.
+        """
+        gains = [0.0]
+        for chain in self.chains:
+            for t, t_next in pairwise([*chain, self.t_end]):
+                a = self.denoiser.alpha_bar(t)
+                gain: Any = -self.response(t, t_next) * _structure.pull(a, strength=1.0, matched=matched)
+                gains.append(gain)
+        if strength * max(gains) > 1:
+            raise ValueError(
+                f"strength={strength} overshoots: with these steps it must be at most {1 / max(gains):.3g}; "
+                "more steps bear more"
+            )
 
     @property
     def times(self) -> list[float]:
@@ -146,4 +171,6 @@ class Diffusion(Purifier):
         return self.schedule.time(self.chains[chain][0] + context.t_star, i, self.per_chain)
 
     def _diffused(self, z: Tensor, chain: int, context: Kept, noise: Noise) -> Tensor:
-        return _sampler.diffuse(z, self.schedule.discrete(self._time(chain, 0, context)), noise)
+        t = self._time(chain, 0, context)
+        papers = self.rule is _sampler.euler_maruyama  # which noises by the table whatever it integrates
+        return _sampler.diffuse(z, self.schedule.discrete(t) if papers else self.denoiser.alpha_bar(t), noise)

@@ -36,9 +36,9 @@ def vlb(denoiser: Denoiser, z: Tensor, noise: Noise, levels: Levels) -> tuple[Te
 
     With λ = log(alpha_bar / (1 - alpha_bar)): L = ½ ∫ ‖n - n_theta‖² dλ = E_q [‖n - n_theta‖² / (2 q(λ))], whatever q:
     the schedule changes the variance of the estimate alone. Its loss is -E [L² log q], whose gradient is that of the
-    variance; at its minimum q ∝ ‖n - n_theta‖². A level is rounded to the nearest index of the net.
+    variance; at its minimum q² ∝ E ‖n - n_theta‖⁴. A level is rounded to the nearest index of the net.
 
-    Reference: Kingma et al. 2021 (arXiv 2107.00630), eq. 11, 15 and 20; here γ is monotone and piecewise linear.
+    Reference: Kingma et al. 2021 (arXiv 2107.00630); here the log-SNR is monotone and piecewise linear.
     """
     t, log_q = levels(noise.uniform("level", like=z[:, :1, 0, 0]), denoiser.schedule)
     estimate = 0.5 * _missed(denoiser, z, t, noise).flatten(1).mean(1) / stopped(log_q).exp()

@@ -6,6 +6,8 @@ denoiser that a rule is handed: there is no second sampler.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from purifiers._denoiser import Denoiser, root
@@ -68,6 +70,17 @@ def probability_flow(denoiser: Denoiser, z: Tensor, t: Time, t_next: Time, k: in
     """
     beta = denoiser.schedule.beta(t)
     return z + 0.5 * beta * (z + denoiser.score(z, t)) * (t - t_next)
+
+
+def response(rule: str, denoiser: Denoiser, t: float, t_next: float, eta: float) -> Any:
+    """dz' / dn: how a step of "eta", "sde" or "ode" moves z when the predicted noise is moved."""
+    a: Any = denoiser.alpha_bar(t)
+    a_next: Any = denoiser.alpha_bar(t_next)
+    if rule == "eta":
+        s = eta * root((1 - a_next) / (1 - a) * (1 - a / a_next))
+        return root(1 - a_next - s * s) - root(a_next / a) * root(1 - a)
+    drift = denoiser.schedule.beta(t) * (t - t_next) / root(1 - a)
+    return -drift if rule == "sde" else -0.5 * drift
 
 
 def langevin(

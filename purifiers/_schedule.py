@@ -47,10 +47,14 @@ class VP:
         log = -0.5 * (self.beta_max - self.beta_min) * t * t - self.beta_min * t
         return log.exp() if isinstance(log, Tensor) else math.exp(log)
 
+    def column(self, device: torch.device) -> Tensor:
+        """The table on a device, where rows look up their own; it travels once."""
+        return _column(self.beta_min, self.beta_max, self.n, device)
+
     def discrete(self, t: Time) -> Time:
-        """alpha_bar of the index of t; of the continuous schedule before the first index."""
+        """alpha_bar of the index of t; before the first index, of one time for all, that of the continuous schedule."""
         if isinstance(t, Tensor):
-            return _column(self.beta_min, self.beta_max, self.n, t.device)[self.indices(t).clamp_min(0)].to(t.dtype)
+            return self.column(t.device)[self.indices(t).clamp_min(0)].to(t.dtype)
         i = self.index(t)
         return self.table[i] if i >= 0 else self.alpha_bar(t)
 
@@ -78,5 +82,4 @@ class VP:
 
 @functools.cache
 def _column(beta_min: float, beta_max: float, n: int, device: torch.device) -> Tensor:
-    """The table of a schedule on a device, where rows look up their own; it travels once."""
     return torch.tensor(VP(beta_min, beta_max, n).table, dtype=torch.float64, device=device)

@@ -13,7 +13,7 @@ from purifiers._noise import Noise
 from purifiers._sampler import diffuse
 from purifiers._schedule import Time
 
-STRENGTHS = ("constant", "matched")
+WEIGHTINGS = ("constant", "matched")
 
 
 def guided(reference: Tensor, noise: Noise, *, strength: float, matched: bool) -> Edit:
@@ -33,11 +33,15 @@ def guided(reference: Tensor, noise: Noise, *, strength: float, matched: bool) -
 
     def edit(denoiser: Denoiser, z: Tensor, t: Time, n: Tensor) -> Tensor:
         a = denoiser.alpha_bar(t)
-        sigma = root(1 - a)
-        weight = strength * sigma / root(a) if matched else strength
-        return n + sigma * weight * (z - diffuse(reference, a, noise))
+        return n + pull(a, strength=strength, matched=matched) * (z - diffuse(reference, a, noise))
 
     return edit
+
+
+def pull(a: Time, *, strength: float, matched: bool) -> Time:
+    """sigma w at alpha_bar = a: by how much of z - r_t ``guided`` moves the predicted noise."""
+    sigma = root(1 - a)
+    return sigma * strength * (sigma / root(a) if matched else 1)
 
 
 def low_passed(reference: Tensor, *, weight: float, factor: int) -> Edit:

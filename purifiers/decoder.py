@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from purifiers import _objectives
 from purifiers._base import Batch, Images
 from purifiers._codec import KL
-from purifiers._denoiser import Denoiser, Embedding, embedding, unet
+from purifiers._denoiser import Canvas, Denoiser, unet
 from purifiers._diffusion import Diffusion, Kept
 from purifiers._noise import Noise
 from purifiers.vae import VAE
@@ -23,13 +23,13 @@ class Decoder(Diffusion):
     """g(x) = clamp((z_0 + 1) / 2), z_0 ~ p(z_0 | c) by reverse steps from sigma n; c = mu(x), the encoder's mean.
 
     The chain begins with noise: all that is left of the image goes through its code, perturbation and content alike.
-    c enters beside the time: an MLP of it is added to the network's embedding of t.
+    c enters beside z, as an image that is linear in it.
 
     Args:
         autoencoder: diffusers' AutoencoderKL, of which the encoder is used.
-        embed: c → what is added to the embedding of the time.
+        canvas: c → the image that the network takes beside z.
         unet: predicts the noise, given that.
-        t_star: time at which the chain begins; 1 for noise alone, below the mean image is expected in it.
+        t_star: time at which the chain begins; 1 is noise alone, below it stands for a grey image with noise.
         steps, rule, eta, labels: as ``Diffusion``.
         condition: 1 for the code as trained; more exaggerates it, 0 leaves it off:
             n = n_off + condition (n_on - n_off).
@@ -48,7 +48,7 @@ class Decoder(Diffusion):
     def __init__(
         self,
         autoencoder: AutoencoderKL,
-        embed: nn.Module,
+        canvas: nn.Module,
         unet: nn.Module,
         *,
         t_star: float | list = 1.0,
@@ -59,17 +59,19 @@ class Decoder(Diffusion):
         condition: float = 1.0,
         rounds: int = 1,
     ):
-        super().__init__(unet, t_star=t_star, steps=steps, rule=rule, eta=eta, labels=labels, rounds=rounds)
+        super().__init__(unet, t_star=t_star, steps=steps, rule=rule, eta=eta, labels=labels, images=2, rounds=rounds)
         if condition < 0:
             raise ValueError(f"condition must not be negative, got {condition}")
-        self.autoencoder, self.embed, self.codec, self.condition = autoencoder, embed, KL(autoencoder), condition
+        if not self.chains:
+            raise ValueError("t_star=0 leaves nothing to decode: no image is diffused; t_star=1 begins with noise")
+        self.autoencoder, self.canvas, self.codec, self.condition = autoencoder, canvas, KL(autoencoder), condition
 
     def enter(self, x: Images, noise: Noise) -> tuple[Tensor, Kept]:
         z, context = super().enter(x, noise)
-        return torch.zeros_like(z), context._replace(embedded=self.embed(self.codec.encode(x).mean.flatten(1)))
+        return torch.zeros_like(z), context._replace(beside=self.canvas(self.codec.encode(x).mean.flatten(1)))
 
     def denoising(self, k: int, context: Kept, noise: Noise) -> Denoiser:
-        return self.denoiser.given(embedded=context.embedded).exaggerated(self.condition)
+        return self.denoiser.given(beside=context.beside).exaggerated(self.condition)
 
     def diffused(self, k: int, x: Images, noise: Noise) -> None:
         return None  # no image is diffused
@@ -90,14 +92,14 @@ class Decoder(Diffusion):
         """
         posterior = self.codec.encode(batch.x)
         code = _objectives.stopped(posterior.sample(noise.normal("posterior", like=posterior.mean))).flatten(1)
-        kept = noise.uniform("drop", like=code[:, :1]) >= drop
-        denoiser = self.denoiser.given(embedded=self.embed(code) * kept)
-        return {"embed+unet": _objectives.eps(denoiser, 2 * batch.x - 1, noise, focus=focus, focus_below=focus_below)}
+        kept = noise.uniform("drop", like=batch.x[:, :1, :1, :1]) >= drop
+        denoiser, z = self.denoiser.given(beside=self.canvas(code) * kept), self.denoiser.fit(2 * batch.x - 1)
+        return {"canvas+unet": _objectives.eps(denoiser, z, noise, focus=focus, focus_below=focus_below)}
 
     @classmethod
     def parts(cls, shape: tuple[int, int, int], size: str = "tiny") -> dict[str, nn.Module]:
         return {
             "autoencoder": VAE.parts(shape, size)["autoencoder"],
-            "embed": Embedding(VAE.dimensions(shape, size), embedding(size)),
-            "unet": unet(shape, size, embeds=True),
+            "canvas": Canvas(VAE.dimensions(shape, size), shape),
+            "unet": unet(shape, size, images=2),
         }

@@ -27,7 +27,7 @@ class DiffPure(Diffusion):
 
     Args:
         unet: predicts the noise; a diffusers UNet2DModel, on pixels or on patches.
-        more: the options of ``Diffusion``, all but ``images``.
+        t_star, steps, rule, eta, labels, spread, rounds: as ``Diffusion``.
 
     Raises:
         ValueError: as ``Diffusion``.
@@ -72,7 +72,7 @@ class DiffPure(Diffusion):
             focus, focus_below: as ``_objectives.eps``.
             schedule: a schedule that trains along; see ``critics``.
         """
-        z = 2 * batch.x - 1
+        z = self.denoiser.fit(2 * batch.x - 1)
         if schedule is None:
             return {"unet": _objectives.eps(self.denoiser, z, noise, focus=focus, focus_below=focus_below)}
         bound, spread = _objectives.vlb(self.denoiser, z, noise, schedule)

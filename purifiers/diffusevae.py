@@ -57,14 +57,16 @@ class DiffuseVAE(Diffusion):
         begin: what is diffused: "input", "reconstruction", or "noise": nothing, for t_star=1.
         condition: 1 for the condition as trained; more exaggerates it, 0 leaves it off.
         structure: "none", "lowpass" or "guidance".
-        strength: of the structure: the share of the coarse part that is replaced; the weight w of guidance.
+        strength: of the structure: the share of the coarse part that is replaced; guidance has the weight
+            w = strength · sigma / sqrt(alpha_bar).
         factor: width in pixels of what counts as coarse.
-        temperature: of stage 1's draws; 0 takes means.
+        temperature: of stage 1's draws; 0 takes means. Of a ladder it is that of the groups drawn from the prior; the
+            others are drawn at temperature 1.
         rounds: repetitions of the whole.
 
     Raises:
         ValueError: as ``Diffusion``; for an unknown formulation, begin or structure, a condition on a network without,
-            or a negative strength, temperature or condition.
+            a negative strength, temperature or condition, guidance that overshoots, or if x̂ takes no part.
 
     Reference: Pandey et al. 2022 (arXiv 2201.00308), sections 3.2 and 3.3; start from a reconstruction: Yue and Loy
     2022 (arXiv 2212.06512); low-pass replacement: Choi et al. 2021 (arXiv 2108.02938).
@@ -113,8 +115,16 @@ class DiffuseVAE(Diffusion):
             unet, t_star=t_star, steps=steps, rule=rule, eta=eta, labels=labels, images=images, rounds=rounds
         )
         self.stage1, self.embed = stage1, embed
-        if begin != "input":
-            self.surrogates = ()  # type: ignore[misc, assignment]  # all there is of x is in x̂: one branch
+        conditioned = bool(formulation or embed is not None)
+        if not (conditioned or structure != "none" or begin == "reconstruction"):
+            raise ValueError("nothing here looks at the reconstruction: give a formulation, structure or begin")
+        if begin == "noise" and not self.chains:
+            raise ValueError("t_star=0 leaves nothing of the image: begin=noise needs t_star=1")
+        follows = self.chains and ((conditioned and condition > 0) or structure != "none")
+        if begin != "input" or not follows:
+            self.surrogates = ()  # type: ignore[misc, assignment]  # x comes in by one branch alone
+        if structure == "guidance":
+            self.check_pull(strength, True)
         self.formulation, self.begin, self.condition = formulation, begin, condition
         self.structure, self.strength, self.factor, self.temperature = structure, strength, factor, temperature
 

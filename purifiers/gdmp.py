@@ -24,18 +24,16 @@ class GDMP(DiffPure):
         unet: as DiffPure.
         t_star: as DiffPure; the published CIFAR-10 setting is four rounds of 36 steps, each guided by the first input.
         steps: as DiffPure, from each time.
-        strength: of the pull; 18.7 with ``matched`` is the published 60,000 over the mean of a batch of 100 images.
-        schedule: "matched": w = strength · sigma / sqrt(alpha_bar), strong where noise drowns the perturbation;
+        rule, eta, labels, rounds: as DiffPure.
+        strength: of the pull; 18.7 is published: 2 · 60,000 · 3 / (16/255), over the 307,200 numbers in a batch.
+        weighting: "matched": w = strength · sigma / sqrt(alpha_bar), strong where noise drowns the perturbation;
             "constant": w = strength.
-        more: as DiffPure.
 
     Raises:
-        ValueError: as DiffPure; if ``strength`` is negative or ``schedule`` neither.
+        ValueError: as DiffPure; if ``strength`` is negative, ``weighting`` neither, or a step overshoots.
 
     Reference: Wang et al. 2022 (arXiv 2205.14969).
     """
-
-    given = ("unet",)
 
     def __init__(
         self,
@@ -47,15 +45,16 @@ class GDMP(DiffPure):
         eta: float = 1.0,
         labels: str = "index",
         strength: float = 18.7,
-        schedule: str = "matched",
+        weighting: str = "matched",
         rounds: int = 1,
     ):
         super().__init__(unet, t_star=t_star, steps=steps, rule=rule, eta=eta, labels=labels, rounds=rounds)
         if strength < 0:
             raise ValueError(f"strength must not be negative, got {strength}")
-        if schedule not in _structure.STRENGTHS:
-            raise ValueError(f"schedule must be one of {', '.join(_structure.STRENGTHS)}, got {schedule!r}")
-        self.strength, self.matched = strength, schedule == "matched"
+        if weighting not in _structure.WEIGHTINGS:
+            raise ValueError(f"weighting must be one of {', '.join(_structure.WEIGHTINGS)}, got {weighting!r}")
+        self.strength, self.matched = strength, weighting == "matched"
+        self.check_pull(strength, self.matched)
 
     def enter(self, x: Images, noise: Noise) -> tuple:
         z, context = super().enter(x, noise)

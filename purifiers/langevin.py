@@ -32,8 +32,8 @@ class Langevin(DiffPure):
         rounds: repetitions of the whole.
 
     Raises:
-        ValueError: if t_star isn't in (0, 1], ``steps`` is below 1, ``rate`` or ``anchor`` isn't positive, or ``eta``
-            is negative.
+        ValueError: if t_star isn't in (0, 1], ``steps`` is below 1, ``rate`` or ``anchor`` isn't positive, ``eta`` is
+            negative, or a step is so long that it overshoots the anchor.
 
     Reference: Nie et al. 2022 (arXiv 2205.07460), appendix C.
     """
@@ -60,6 +60,10 @@ class Langevin(DiffPure):
             raise ValueError(f"rate and anchor must be positive, got {rate} and {anchor}")
         if eta < 0:
             raise ValueError(f"eta must not be negative, got {eta}")
+        if rate > 2 * anchor**2:
+            raise ValueError(
+                f"rate={rate} overshoots anchor={anchor}: it must be at most 2 anchor² = {2 * anchor**2:.3g}"
+            )
         super().__init__(unet, t_star=t_star, steps=1, labels=labels, rounds=rounds)
         self.chains, self.steps, self.per_chain = [[t_star] * steps], steps, steps
         self.rule = partial(_sampler.langevin, rate=rate, eta=eta)

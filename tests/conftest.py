@@ -66,7 +66,7 @@ VARIANTS: dict[str, list[dict]] = {
         {"labels": "continuous", "spread": 0.05},
         {"spread": 0.02, "rule": "eta", "t_star": [0.1, 0.05]},
     ],
-    "gdmp": [{"schedule": "constant"}],
+    "gdmp": [{"weighting": "constant", "strength": 5.0}],
     "latent": [{"spread": 0.05}, {"size": "tiny-vq"}],
     "diffusevae": [
         {"formulation": 2},
