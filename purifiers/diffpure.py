@@ -22,8 +22,8 @@ class DiffPure(Diffusion):
 
     - the paper's SDE: rule=sde; its ODE: rule=ode; with a random t_star: spread=0.015;
     - DDPM's ancestral sampling: rule=eta; DDIM: rule=eta,eta=0;
-    - gradual noise (Lee and Kim 2023, arXiv 2303.09051): t_star=0.03+0.05+0.125;
-    - one step, denoised smoothing (Carlini et al. 2023, arXiv 2206.10550): rule=eta,steps=1.
+    - gradual noise of Lee and Kim 2023 (arXiv 2303.09051): t_star=0.03+0.05+0.125;
+    - the one step of Carlini et al. 2023 (arXiv 2206.10550), denoised smoothing: rule=eta,steps=1.
 
     Args:
         unet: predicts the noise; a diffusers UNet2DModel, on pixels or on patches.
