@@ -289,11 +289,14 @@ class Cell:
 
     @property
     def most_rows(self) -> int:
-        """Rows as told, else what is taken where memory is plenty: on a GPU what fills it, on a CPU one group's."""
+        """Rows as told, else what is taken where memory is plenty: on a GPU what fills it, on a CPU one group's.
+
+        Few images take no more rows than they fill.
+        """
         if self.settings.rows is not None:
             return self.settings.rows
         eot, device = getattr(self.attack, "eot", 1), self.device.type
-        images = BLOCK if device == "cpu" else self.n
+        images = min(self.n, BLOCK) if device == "cpu" else self.n
         return max(min(MOST_ROWS.get(device, 128), images * eot // ROWS * ROWS), ROWS)
 
     @cached_property
