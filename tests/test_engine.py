@@ -197,6 +197,14 @@ def test_a_package_and_a_search_by_looking_retire_nobody(tmp_path):
              Settings(n=4, eps="1/8", out=tmp_path))  # fmt: skip
 
 
+@pytest.mark.parametrize("n, rows", [(1, 32), (16, 64), (31, 96), (32, 128), (64, 128)])
+def test_few_images_take_no_more_rows_than_they_fill(tmp_path, n, rows):
+    """Of 4 draws each, in whole groups of 32; on a CPU never more than 32 images fill."""
+    settings = Settings(n=n, eps="1/8", out=tmp_path, preflight=False, quiet=True, device="cpu")
+    cell = Cell(Defense(Noisy(sigma=0.05), Margin()), columns(*[0.5] * n), "pgd:steps=1,eot=4", settings)
+    assert cell.most_rows == rows
+
+
 @pytest.mark.parametrize("make_attack", [PGD, APGD, AutoAttack])
 def test_a_negative_retire_is_refused(make_attack):
     with pytest.raises(ValueError, match="retire"):
