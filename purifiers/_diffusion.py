@@ -45,6 +45,7 @@ class Diffusion(Purifier):
 
     Args:
         unet: predicts the noise; a diffusers UNet2DModel, on pixels or on patches.
+        images: as ``Denoiser``: how many it takes.
         t_star: time in [0, 1] to which the input is diffused, 0 for not at all; or a list of times in (0, 1], each
             diffused to and undone in turn.
         steps: reverse steps from each time; t_star · 1000 of them is a dt of 1e-3.
@@ -52,7 +53,6 @@ class Diffusion(Purifier):
         eta: with rule "eta": 0 is DDIM, 1 DDPM's ancestral sampling.
         labels: what the net takes for a time: "index" (DDPM) or "continuous" (score_sde).
         spread: each row's t_star is uniform on [t_star - spread, t_star + spread]; 0 for one and the same.
-        images: as ``Denoiser``.
         rounds: repetitions of the whole.
 
     Raises:
@@ -71,6 +71,7 @@ class Diffusion(Purifier):
     def __init__(
         self,
         unet: nn.Module,
+        images: int = 1,
         *,
         t_star: float | list = 0.1,
         steps: int = 100,
@@ -78,7 +79,6 @@ class Diffusion(Purifier):
         eta: float = 1.0,
         labels: str = "index",
         spread: float = 0.0,
-        images: int = 1,
         rounds: int = 1,
     ):
         super().__init__(rounds=rounds)

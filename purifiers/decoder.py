@@ -59,7 +59,7 @@ class Decoder(Diffusion):
         condition: float = 1.0,
         rounds: int = 1,
     ):
-        super().__init__(unet, t_star=t_star, steps=steps, rule=rule, eta=eta, labels=labels, images=2, rounds=rounds)
+        super().__init__(unet, 2, t_star=t_star, steps=steps, rule=rule, eta=eta, labels=labels, rounds=rounds)
         if condition < 0:
             raise ValueError(f"condition must not be negative, got {condition}")
         if not self.chains:

@@ -35,22 +35,6 @@ class DiffPure(Diffusion):
     Reference: Nie et al. 2022 (arXiv 2205.07460), section 3.2.
     """
 
-    def __init__(
-        self,
-        unet: nn.Module,
-        *,
-        t_star: float | list = 0.1,
-        steps: int = 100,
-        rule: str = "sde",
-        eta: float = 1.0,
-        labels: str = "index",
-        spread: float = 0.0,
-        rounds: int = 1,
-    ):
-        super().__init__(
-            unet, t_star=t_star, steps=steps, rule=rule, eta=eta, labels=labels, spread=spread, rounds=rounds
-        )
-
     def sde(self) -> SDE | None:
         if self.rule is not _sampler.euler_maruyama or self.spread or len(self.chains) != 1:
             return None

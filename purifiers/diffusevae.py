@@ -111,9 +111,7 @@ class DiffuseVAE(Diffusion):
         if condition != 1 and not formulation and embed is None:
             raise ValueError(f"condition={condition} asks for a network with a condition; formulation 0 has none")
         images = 2 if formulation else 1
-        super().__init__(
-            unet, t_star=t_star, steps=steps, rule=rule, eta=eta, labels=labels, images=images, rounds=rounds
-        )
+        super().__init__(unet, images, t_star=t_star, steps=steps, rule=rule, eta=eta, labels=labels, rounds=rounds)
         self.stage1, self.embed = stage1, embed
         conditioned = bool(formulation or embed is not None)
         if not (conditioned or structure != "none" or begin == "reconstruction"):

@@ -47,8 +47,7 @@ class Latent(Diffusion):
         autoencoder: diffusers' AutoencoderKL or VQModel.
         standard: s.
         unet: predicts the noise in latents.
-        t_star, steps, rule, eta, labels, spread: as ``Diffusion``.
-        rounds: repetitions of the whole.
+        more: t_star, steps, rule, eta, labels, spread, rounds: as ``Diffusion``.
 
     Raises:
         ValueError: as ``Diffusion``.
@@ -59,23 +58,8 @@ class Latent(Diffusion):
     encodes = True
     given = ("autoencoder", "standard")
 
-    def __init__(
-        self,
-        autoencoder: nn.Module,
-        standard: Standard,
-        unet: nn.Module,
-        *,
-        t_star: float | list = 0.1,
-        steps: int = 100,
-        rule: str = "sde",
-        eta: float = 1.0,
-        labels: str = "index",
-        spread: float = 0.0,
-        rounds: int = 1,
-    ):
-        super().__init__(
-            unet, t_star=t_star, steps=steps, rule=rule, eta=eta, labels=labels, spread=spread, rounds=rounds
-        )
+    def __init__(self, autoencoder: nn.Module, standard: Standard, unet: nn.Module, **more: Any):
+        super().__init__(unet, **more)
         self.autoencoder, self.standard = autoencoder, standard
         self.codec: Any = VQ(autoencoder) if hasattr(autoencoder, "quantize") else KL(autoencoder)  # type: ignore[arg-type]
         if isinstance(self.codec, VQ):
