@@ -67,18 +67,18 @@ VARIANTS: dict[str, list[dict]] = {
         {"spread": 0.02, "rule": "eta", "t_star": [0.1, 0.05]},
     ],
     "gdmp": [{"weighting": "constant", "strength": 5.0}],
-    "latent": [{"spread": 0.05}, {"size": "tiny-vq"}],
+    "latent": [{"spread": 0.05}, {"parts": "tiny-vq"}],
     "diffusevae": [
         {"formulation": 2},
-        {"size": "tiny-z"},
-        {"size": "tiny-nvae"},
+        {"parts": "tiny-z"},
+        {"parts": "tiny-nvae"},
         {"begin": "noise", "t_star": 0.3},
         {"condition": 2.0},
         {"temperature": 1.0},
-        {"temperature": 0.5, "size": "tiny-nvae"},
-        {"size": "tiny-free", "formulation": 0, "begin": "reconstruction"},
-        {"size": "tiny-free", "formulation": 0, "structure": "lowpass", "factor": 3},
-        {"size": "tiny-free", "formulation": 0, "structure": "guidance"},
+        {"temperature": 0.5, "parts": "tiny-nvae"},
+        {"parts": "tiny-free", "formulation": 0, "begin": "reconstruction"},
+        {"parts": "tiny-free", "formulation": 0, "structure": "lowpass", "factor": 3},
+        {"parts": "tiny-free", "formulation": 0, "structure": "guidance"},
     ],
     "decoder": [{"condition": 2.0}, {"rule": "sde"}],
     "vae": [{"temperature": 0.0}, {"code": 2}],
@@ -122,7 +122,7 @@ def make(newcomer):
             steps["t_star"] = 0.3  # from noise alone an untrained network leaves the range, and a clamp has no gradient
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            parts = component.parts(shape, chosen.pop("size", "tiny"))
+            parts = component.parts(shape, chosen.pop("parts", "tiny"))
             for network in parts.values():  # a ladder starts out nearly blind to the image, an embedding quite
                 if isinstance(network, Ladder):
                     for head in network.groups:

@@ -148,7 +148,7 @@ def test_the_dial_is_an_option_and_rounds_are_checked(case, make):
 def test_objectives_reach_every_parameter_of_the_parts_they_name(case, make):
     purifier = make(case).train()
     parts = {
-        k: v for k, v in purifier.named_children() if k in type(purifier).parts(SHAPE, case[1].get("size", "tiny"))
+        k: v for k, v in purifier.named_children() if k in type(purifier).parts(SHAPE, case[1].get("parts", "tiny"))
     }
     losses = purifier.objectives(Batch(images(B), torch.arange(B)), tape())
     moved = {part for key in losses for part in key.split("+")}

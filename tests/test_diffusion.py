@@ -259,14 +259,14 @@ def test_a_low_pass_takes_means_of_cells():
 
 
 def test_to_replace_every_frequency_is_to_return_the_reconstruction(make):
-    case = ("diffusevae", {"size": "tiny-free", "formulation": 0, "structure": "lowpass", "factor": 1})
+    case = ("diffusevae", {"parts": "tiny-free", "formulation": 0, "structure": "lowpass", "factor": 1})
     purifier = make(case)
     x_hat = VAE(purifier.stage1, temperature=0.0)(images(B), tape())
     assert close(purifier(images(B), tape()), x_hat, 1e-9)
 
 
 def test_low_frequencies_are_those_of_the_reconstruction_the_others_are_not(make):
-    case = ("diffusevae", {"size": "tiny-free", "formulation": 0, "structure": "lowpass", "factor": 8, "t_star": 0.05})
+    case = ("diffusevae", {"parts": "tiny-free", "formulation": 0, "structure": "lowpass", "factor": 8, "t_star": 0.05})
     purifier = make(case)
     x = 0.45 + 0.1 * images(B)  # no clamp acts
     x_hat, out = VAE(purifier.stage1, temperature=0.0)(x, tape()), purifier(x, tape())
@@ -301,7 +301,7 @@ def test_formulation_2_is_formulation_1_on_u_plus_the_reconstruction():
     assert close(purifier(x, tape()), ((state - x_hat + 1) / 2).clamp(0, 1), 1e-9)
 
 
-@pytest.mark.parametrize("case", [{}, {"formulation": 2}, {"size": "tiny-z"}], ids=str)
+@pytest.mark.parametrize("case", [{}, {"formulation": 2}, {"parts": "tiny-z"}], ids=str)
 def test_condition_off_is_unconditional(case, make):
     """With condition=0 the net is one of z and t alone, fed zeros: nothing of x comes in but through the diffusion."""
     purifier = make(("diffusevae", case | {"condition": 0.0} | ETA))
@@ -365,7 +365,7 @@ def test_a_network_that_grew_does_what_it_did():
 
 def test_conditions_are_dropped_image_by_image(make):
     """Half of the rows are fed zeros, whole rows; the others the reconstruction of what stage 1 was shown."""
-    purifier = make(("diffusevae", {"size": "tiny-z"}))
+    purifier = make(("diffusevae", {"parts": "tiny-z"}))
     fed, embedded = [], []
     purifier.unet.register_forward_pre_hook(
         lambda net, inputs, more: fed.append(inputs[0]) or embedded.append(more["class_labels"]), with_kwargs=True
@@ -399,11 +399,11 @@ GUIDED = [
     ("gdmp", {"strength": 0.5, "t_star": [0.2, 0.1]}),
     ("gdmp", {"strength": 0.5, "t_star": 0.2, "weighting": "constant"}),
     ("langevin", {"rate": 0.01, "anchor": 0.3}),
-    ("diffusevae", {"size": "tiny-free", "formulation": 0, "structure": "guidance"}),
-    ("diffusevae", {"size": "tiny-free", "formulation": 0, "structure": "lowpass", "factor": 3}),
+    ("diffusevae", {"parts": "tiny-free", "formulation": 0, "structure": "guidance"}),
+    ("diffusevae", {"parts": "tiny-free", "formulation": 0, "structure": "lowpass", "factor": 3}),
     ("diffusevae", {"formulation": 2, "condition": 2.0}),
-    ("diffusevae", {"size": "tiny-z"}),
-    ("diffusevae", {"size": "tiny-nvae"}),
+    ("diffusevae", {"parts": "tiny-z"}),
+    ("diffusevae", {"parts": "tiny-nvae"}),
     ("decoder", {}),
 ]
 
@@ -464,7 +464,7 @@ def test_latents_are_brought_to_mean_0_and_deviation_1(make):
 
 def test_latents_are_quantised_as_they_are_decoded(make):
     """What is decoded are codes, though what is diffused is not; the exact map is constant between jumps."""
-    purifier = make(("latent", {"size": "tiny-vq", "t_star": 0.02}))
+    purifier = make(("latent", {"parts": "tiny-vq", "t_star": 0.02}))
     decoded = []
     decode = purifier.codec.decode
     purifier.codec.decode = lambda z, shape: (decoded.append(z), decode(z, shape))[1]
@@ -605,7 +605,7 @@ def test_a_network_trained_otherwise_is_named(size, formulation):
 @pytest.mark.parametrize(
     "case",
     [
-        {"size": "tiny-free", "formulation": 0, "begin": "reconstruction"},
+        {"parts": "tiny-free", "formulation": 0, "begin": "reconstruction"},
         {"condition": 0.0},
         {"begin": "noise"},
         {"t_star": 0.0},

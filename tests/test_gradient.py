@@ -14,6 +14,7 @@ from attacks._recompute import footprint
 from attacks._views import BPDA, Blind, Exact, stages
 from benchmark.preflight import finite_difference_error
 from purifiers import Defense, Tape
+from purifiers._diffusion import Kept
 from purifiers.diffpure import DiffPure
 from tests.conftest import CASES, classifier, images, smooth
 
@@ -249,7 +250,7 @@ def test_images_are_resized_to_the_nets_resolution_and_back_inside_the_gradient(
     z = alpha_bar**0.5 * bilinear(2 * x - 1, (8, 8))
     z = z + (1 - alpha_bar) ** 0.5 * noise.normal("diffuse", like=z)
     for k in range(2):
-        z = purifier.step(k, z, x.shape[-2:], noise)
+        z = purifier.step(k, z, Kept(x.shape[-2:]), noise)
     assert torch.allclose(purifier(x, tape(2)), ((bilinear(z, (7, 7)) + 1) / 2).clamp(0, 1), rtol=0, atol=1e-12)
 
     defense = Defense(purifier, classifier((3, 7, 7)))

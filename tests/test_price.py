@@ -128,7 +128,7 @@ def test_plan_prices_every_cell_and_sums_them_up(plan):
 def test_plan_says_it_in_words(command, tmp_path, capsys):
     assert command("plan", "--devices", "3") == cli.DONE
     output = capsys.readouterr().out
-    assert " a call of 128 rows, " in output and " s with its gradient; fits, all graphs kept (" in output
+    assert " a call of 32 rows, " in output and " s with its gradient; fits, all graphs kept (" in output
     assert "KiB of disk" in output and "in all about 1 s on this device, 1 s on 3 such" in output
     assert not (tmp_path / "out").exists()
 
@@ -209,9 +209,9 @@ def test_what_only_the_first_call_takes_is_not_taken_for_the_price_of_every_call
 @pytest.mark.parametrize("rows", [32, 64, 96])
 def test_where_memory_is_short_fewer_rows_are_taken(plan, command, floor, budget, capsys, rows):
     budget(floor * (rows / ROWS + 0.5))
-    (priced,) = plan()["cells"]
+    (priced,) = plan("--n-examples", "32")["cells"]
     assert priced["fits"] == f"fits with {rows} rows" and priced["rows"] == rows and priced["keep"] is not None
-    assert command("plan") == cli.DONE
+    assert command("plan", "--n-examples", "32") == cli.DONE
     assert f"; fits with {rows} rows, graphs of the last {priced['keep']} stages kept" in capsys.readouterr().out
 
 

@@ -167,7 +167,7 @@ def test_an_attack_under_way_belongs_to_its_environment_too(tmp_path, run):
     with pytest.raises(Incomplete):
         run("mixed", stop_after=0)
     with pytest.raises(UsageError, match="begun in another environment"):
-        run("mixed", rows=32)
+        run("mixed", rows=64)
 
 
 def test_another_commit_alone_is_the_same_environment(tmp_path, run):

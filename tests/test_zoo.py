@@ -369,8 +369,8 @@ def test_listing_shows_the_zoo(capsys):
 
 def test_without_weights_the_remedy_is_one_that_works(capsys):
     assert cli.main(["plan", "--dataset", "cifar10", "--offline"]) == cli.USAGE
-    with pytest.raises(UsageError, match=r"no weights for diffpure on cifar10; there is no recipe .* identity"):
-        checkpoints.build("purifiers", "diffpure", Need(CIFAR10))
+    with pytest.raises(UsageError, match=r"no weights for diffpure on svhn; there is no recipe .* identity"):
+        checkpoints.build("purifiers", "diffpure", Need(data.form("svhn")))
     with pytest.raises(UsageError, match=r"no weights for resnet18 on fashion-mnist; .* resnet, resnet-at"):
         checkpoints.build("classifiers", "resnet18", Need(data.form("fashion-mnist")))
 
