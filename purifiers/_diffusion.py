@@ -67,6 +67,10 @@ class Diffusion(Purifier):
         "eta": _sampler.eta_rule,
     }
     T_END = 1e-5
+    passes: ClassVar[int] = 0
+    """Evaluations of other networks before and after the chain: an encoder's and its decoder's count as one."""
+    condition: float = 1.0
+    """How much of a condition is followed; neither off (0) nor as trained (1), a step evaluates the network twice."""
 
     def __init__(
         self,
@@ -138,6 +142,11 @@ class Diffusion(Purifier):
         if k == 0:
             return self._diffused(z, 0, context, noise)
         return _sampler.diffuse(z, self.denoiser.alpha_bar(self.times[k]), noise)
+
+    @property
+    def nfe(self) -> int:
+        """Of the chain and of what stands before and after it; at least 1."""
+        return self.rounds * max(self.passes + self.steps * (1 if self.condition in (0, 1) else 2), 1)
 
     def check_pull(self, strength: float, matched: bool) -> None:
         """No step may move z beyond what it is pulled to: from there on the chain swings, and what it gives is noise.

@@ -43,6 +43,7 @@ class Decoder(Diffusion):
     """
 
     dial = "condition"
+    passes = 1
     given = ("autoencoder",)
 
     def __init__(
@@ -75,11 +76,6 @@ class Decoder(Diffusion):
 
     def diffused(self, k: int, x: Images, noise: Noise) -> None:
         return None  # no image is diffused
-
-    @property
-    def nfe(self) -> int:
-        """One pass of the encoder and one per step, two where a condition is exaggerated."""
-        return self.rounds * (self.steps * (1 if self.condition in (0, 1) else 2) + 1)
 
     def objectives(
         self, batch: Batch, noise: Noise, *, focus: float = 0.0, focus_below: float = 1.0, drop: float = 0.1

@@ -73,6 +73,7 @@ class DiffuseVAE(Diffusion):
     """
 
     surrogates = ("image", "structure")
+    passes = 1
     given = ("stage1",)
     FORMULATIONS: ClassVar[tuple[int, ...]] = (0, 1, 2)
 
@@ -147,11 +148,6 @@ class DiffuseVAE(Diffusion):
 
     def diffused(self, k: int, x: Images, noise: Noise) -> Tensor | None:
         return None if self.begin == "noise" else super().diffused(k, x, noise)
-
-    @property
-    def nfe(self) -> int:
-        """One pass of stage 1 and one per step, two where a condition is exaggerated."""
-        return self.rounds * (self.steps * (1 if self.condition in (0, 1) else 2) + 1)
 
     def objectives(
         self,

@@ -56,6 +56,7 @@ class Latent(Diffusion):
     """
 
     encodes = True
+    passes = 1
     given = ("autoencoder", "standard")
 
     def __init__(self, autoencoder: nn.Module, standard: Standard, unet: nn.Module, **more: Any):
@@ -73,11 +74,6 @@ class Latent(Diffusion):
         if isinstance(self.codec, VQ):
             z = self.codec.quantised(z, self.through)
         return self.codec.decode(z, context.size).clamp(0, 1)
-
-    @property
-    def nfe(self) -> int:
-        """One pass of the autoencoder and one per step."""
-        return self.rounds * (self.steps + 1)
 
     def objectives(
         self, batch: Batch, noise: Noise, *, focus: float = 0.0, focus_below: float = 1.0
