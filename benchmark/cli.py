@@ -229,7 +229,8 @@ def _report(arguments: argparse.Namespace) -> int:
     if arguments.figures:
         from benchmark.plots import figures
 
-        print("\n".join(map(str, figures(find_runs(arguments.paths), Path(arguments.out or "figures")))))
+        kinds = arguments.figures.split(",") if isinstance(arguments.figures, str) else ()
+        print("\n".join(map(str, figures(find_runs(arguments.paths), Path(arguments.out or "figures"), kinds))))
         return DONE
     if arguments.format == "html":
         return _page(find_runs(arguments.paths), arguments.out)

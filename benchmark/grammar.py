@@ -47,7 +47,10 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     report.add_argument("--columns", metavar="NAMES", help="only these, e.g. purifier,attack,robust; not in latex")
     report.add_argument("--out", metavar="FOLDER", help="html is written to FOLDER/index.html; figures go here")
-    report.add_argument("--figures", action="store_true", help="draw figures into --out (figures): PDF, PNG and CSV")
+    report.add_argument(
+        "--figures", nargs="?", const=True, metavar="KINDS",
+        help="draw figures into --out (figures): PDF, PNG and CSV; all, or those whose names begin so: dials,t_star",
+    )  # fmt: skip
     report.add_argument(
         "--gallery", nargs="?", const="gallery.png", metavar="FILE",
         help="draw images of the runs, attacked and purified (gallery.png and .pdf), and print no table",

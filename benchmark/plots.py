@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from fractions import Fraction
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from benchmark import report
+from benchmark import grids, report
 from benchmark.config import slug
 from benchmark.errors import UsageError
 
@@ -21,14 +21,21 @@ COLOURS = ("#0b5cad", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#0e7490", "#b
 MARKERS = "osD^vPX*"
 
 
-def figures(runs: Iterable[dict[str, Any]], folder: Path) -> list[Path]:
+def figures(runs: Iterable[dict[str, Any]], folder: Path, kinds: Sequence[str] = ()) -> list[Path]:
     """Every figure that the runs can make; returns the files written.
 
     - ``clean-robust``: a point per defense with the intervals of both accuracies, and the Pareto front.
     - ``attacks``: for each defense that met several attacks on the same images, each attack and the worst case.
-    - ``radius``: robust accuracy over the radius, a line per defense that was attacked at several.
+    - over a number: accuracies over each that a grid varied, named by it (``eps``, ``t_star``, ``attack-steps``), a
+      line per defense, a figure per attack.
+    - ``dials``: robust against clean accuracy along each option of a purifier, a line per option and defense.
 
     Threat models and data sets never share a figure.
+
+    Args:
+        runs: with their records.
+        folder: where the files go.
+        kinds: only figures whose names begin with one of these; all without.
 
     Raises:
         UsageError: if there is nothing to draw.
@@ -38,33 +45,56 @@ def figures(runs: Iterable[dict[str, Any]], folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    speaking = [report.row(run, records) for run, records, _ in report.headline(runs)]
-    if not speaking:
-        raise UsageError("no finished run to draw")
+    drawn = [(name, draw, rows) for name, draw, rows in _drawn(list(runs)) if name.startswith(tuple(kinds) or "")]
+    if not drawn:
+        raise UsageError("no finished run to draw" + (f" as {' or '.join(kinds)}" if kinds else ""))
     folder.mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
     with plt.rc_context(STYLE):
-        for (dataset, norm, eps), rows in _split(speaking, "dataset", "norm", "eps").items():
-            name = f"clean-robust-{dataset}-{norm}-{eps}"
-            written += _written(_clean_robust(plt, rows, f"{dataset}, {norm} {eps}"), rows, folder, name)
-        for group in report.groups([run for run in runs if run["records"]]):
-            widest = report.widest(group)
-            if len(widest) > 1:
-                rows = [report.row(run, run["records"]) for run in widest] + [report.row(*report.worst_of(widest))]
-                one = rows[0]
-                title = f"{one['purifier']} + {one['classifier']}, {one['norm']} {one['eps']}, n = {one['n']}"
-                view = "" if one["view"] == "exact" else f"-{one['view']}"
-                name = (
-                    f"attacks-{one['dataset']}-{one['purifier']}-{one['classifier']}-{one['norm']}-{one['eps']}{view}"
-                )
-                written += _written(_attacks(plt, rows, title), rows, folder, f"{name}-n{one['n']}-d{one['draws']}")
-        for (dataset, norm), rows in _split(speaking, "dataset", "norm").items():
-            lines = {k: v for k, v in _split(rows, "purifier", "classifier").items() if len(v) > 1}
-            if lines:
-                drawn = [row for line in lines.values() for row in line]
-                figure = _radius(plt, lines, f"{dataset}, {norm}")
-                written += _written(figure, drawn, folder, f"radius-{dataset}-{norm}")
-    return written
+        return [path for name, draw, rows in drawn for path in _written(draw(plt), rows, folder, name)]
+
+
+Drawing = tuple[str, Callable[[Any], Any], list[dict[str, Any]]]
+"""A figure's name, what draws it on pyplot, and the rows that it shows."""
+
+
+def _drawn(runs: list[dict[str, Any]]) -> Iterator[Drawing]:
+    speaking = [report.row(run, records) for run, records, _ in report.headline(runs)]
+    for (dataset, norm, eps), rows in _split(speaking, "dataset", "norm", "eps").items():
+        yield f"clean-robust-{dataset}-{norm}-{eps}", partial(_clean_robust, rows, f"{dataset}, {norm} {eps}"), rows
+    for group in report.groups([run for run in runs if run["records"]]):
+        widest = report.widest(group)
+        if len(widest) > 1:
+            rows = [report.row(run, run["records"]) for run in widest] + [report.row(*report.worst_of(widest))]
+            one = rows[0]
+            title = f"{one['purifier']} + {one['classifier']}, {one['norm']} {one['eps']}, n = {one['n']}"
+            view = "" if one["view"] == "exact" else f"-{one['view']}"
+            name = f"attacks-{one['dataset']}-{one['purifier']}-{one['classifier']}-{one['norm']}-{one['eps']}{view}"
+            yield f"{name}-n{one['n']}-d{one['draws']}", partial(_attacks, rows, title), rows
+    yield from _curves(grids.lines(runs))
+
+
+def _curves(lines: Sequence[grids.Line]) -> Iterator[Drawing]:
+    """The figures over a number, and of all dials together the one of robust and clean accuracy."""
+    figures: dict[tuple[str, str], list[grids.Line]] = {}
+    planes: dict[tuple[str, str], list[grids.Line]] = {}
+    for line in lines:
+        one = line.rows[0]
+        threat = [one["dataset"], one["norm"], *([] if line.axis == "eps" else [one["eps"]])]
+        title = f"{threat[0]}, {' '.join(threat[1:])}, {line.attack.replace('-', ' ')}, n = {one['n']}"
+        name = "-".join([*threat, line.attack, f"n{one['n']}"])
+        figures.setdefault((f"{line.axis.replace(' ', '-')}-{name}", title), []).append(line)
+        if line.dial:
+            planes.setdefault((f"dials-{name}", title), []).append(line)
+    for draw, found in ((_over, figures), (_plane, planes)):
+        for (name, title), together in found.items():
+            several = len({line.rows[0]["classifier"] for line in together}) > 1
+            labels = [_label(line, several) for line in together]
+            yield name, partial(draw, together, labels, title), [row for line in together for row in line.rows]
+
+
+def _label(line: grids.Line, with_classifier: bool) -> str:
+    one = line.rows[0]
+    return line.purifier + (f" + {one['classifier']}" if with_classifier else "") + report.viewed(one)
 
 
 def _split(rows: list[dict[str, Any]], *keys: str) -> dict[tuple, list[dict[str, Any]]]:
@@ -92,7 +122,7 @@ def _errors(rows: list[dict[str, Any]], key: str) -> list[list[float]]:
     return [below, [100 * (r[f"{key}_high"] - r[key]) for r in rows]]
 
 
-def _clean_robust(plt: Any, rows: list[dict[str, Any]], title: str) -> Any:
+def _clean_robust(rows: list[dict[str, Any]], title: str, plt: Any) -> Any:
     figure, axes = plt.subplots(figsize=(4.4, 3.4))
     purifiers = list(dict.fromkeys(r["purifier"] for r in rows))
     classifiers = list(dict.fromkeys(r["classifier"] for r in rows))
@@ -112,7 +142,7 @@ def _clean_robust(plt: Any, rows: list[dict[str, Any]], title: str) -> Any:
     return figure
 
 
-def _attacks(plt: Any, rows: list[dict[str, Any]], title: str) -> Any:
+def _attacks(rows: list[dict[str, Any]], title: str, plt: Any) -> Any:
     *single, worst = rows
     single = sorted(single, key=lambda r: r["robust"], reverse=True)
     shown = [worst, *single[::-1]]
@@ -132,17 +162,40 @@ def _attacks(plt: Any, rows: list[dict[str, Any]], title: str) -> Any:
     return figure
 
 
-def _radius(plt: Any, lines: dict[tuple, list[dict[str, Any]]], title: str) -> Any:
+def _style(number: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 5,
+        "linewidth": 1.2, "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3],
+    }  # fmt: skip
+
+
+def _over(lines: list[grids.Line], labels: list[str], title: str, plt: Any) -> Any:
+    """Robust accuracy over a number; along a dial clean accuracy, too, which no radius and no attack changes."""
     figure, axes = plt.subplots(figsize=(4.4, 3.2))
-    for number, ((purifier, classifier), rows) in enumerate(lines.items()):
-        rows = sorted(rows, key=lambda r: Fraction(r["eps"]))
-        axes.errorbar(
-            [float(Fraction(r["eps"])) for r in rows], [100 * r["robust"] for r in rows], yerr=_errors(rows, "robust"),
-            color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)], markersize=5, capsize=2,
-            linewidth=1.2, label=f"{purifier} + {classifier}",
-        )  # fmt: skip
-    radii = sorted({r["eps"] for rows in lines.values() for r in rows}, key=Fraction)
-    axes.set_xticks([float(Fraction(eps)) for eps in radii], radii)
-    axes.set(xlabel="radius eps", ylabel="robust accuracy (%)", title=title, ylim=(-3, 103))
+    ticks = {float(v): r["eps"] if line.axis == "eps" else f"{float(v):g}" for line in lines for v, r in line.points}
+    for number, line in enumerate(lines):
+        values, rows, style = [float(v) for v in line.values], list(line.rows), _style(number)
+        errors = {"yerr": _errors(rows, "robust"), "capsize": 2, "elinewidth": 0.8}
+        axes.errorbar(values, [100 * r["robust"] for r in rows], label=labels[number], **errors, **style)
+        if line.dial:
+            axes.plot(values, [100 * r["clean"] for r in rows], color=style["color"], linewidth=0.9, linestyle=":")
+    if len(ticks) <= 8:
+        axes.set_xticks(sorted(ticks), [ticks[value] for value in sorted(ticks)])
+    axes.set(xlabel="radius eps" if lines[0].axis == "eps" else lines[0].axis, title=title, ylim=(-3, 103))
+    axes.set_ylabel("robust accuracy (%); dotted: clean" if lines[0].dial else "robust accuracy (%)")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _plane(lines: list[grids.Line], labels: list[str], title: str, plt: Any) -> Any:
+    """Robust against clean accuracy along each dial, its first and last value beside the line's ends."""
+    figure, axes = plt.subplots(figsize=(5.4, 4.4))
+    for number, line in enumerate(lines):
+        clean, robust = ([100 * row[key] for row in line.rows] for key in ("clean", "robust"))
+        axes.plot(clean, robust, label=f"{labels[number]}: {line.axis}", **_style(number))
+        for k in (0, -1):
+            text, style = f"{float(line.values[k]):g}", {"fontsize": 6, "color": COLOURS[number % len(COLOURS)]}
+            axes.annotate(text, (clean[k], robust[k]), xytext=(3, 3), textcoords="offset points", **style)
+    axes.set(xlabel="clean accuracy (%)", ylabel="robust accuracy (%)", title=title, ylim=(-3, 103))
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

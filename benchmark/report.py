@@ -217,6 +217,13 @@ def row(run: dict[str, Any], records: list[dict[str, Any]], rule: str = "mean") 
     }
 
 
+def viewed(row: dict[str, Any]) -> str:
+    """What stands behind a name where the gradient isn't the exact one: the surrogates, or the attacker's view."""
+    surrogates = "surrogate:" in row["view"] and "@" not in row["view"]
+    view = row["view"].replace("surrogate:gradient=", "") if surrogates else f"view {row['view']}"
+    return "" if row["view"] == "exact" else f" ({view})"
+
+
 WORST = "worst-case"
 
 
@@ -236,6 +243,25 @@ def groups(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         key = json.dumps([identity[k] for k in CELL], sort_keys=True)
         found.setdefault(key, []).append(run)
     return list(found.values())
+
+
+def by_attack(group: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Each attack of a group as a run and its records, on the images that all have; of several, their worst case last.
+
+    An attack that took several gradients is the worst case over them, under its own name. Empty without a common image.
+    """
+    ids = set.intersection(*({r["id"] for r in run["records"]} for run in group))
+    if not ids:
+        return []
+    attacks: dict[str, list[dict[str, Any]]] = {}
+    for run in group:
+        shared = [r for r in run["records"] if r["id"] in ids]
+        attacks.setdefault(run["names"]["attack"], []).append(run | {"records": shared})
+    found = []
+    for runs in attacks.values():
+        run, records = worst_of(runs) if len(runs) > 1 else (runs[0], runs[0]["records"])
+        found.append((run | {"names": runs[0]["names"]}, records))
+    return [*found, worst_of(group)] if len(found) > 1 else found
 
 
 def widest(group: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -80,22 +80,13 @@ def _compact(runs: list[dict[str, Any]]) -> str:
     displays: dict[str, list[str]] = {}
     several = len({run["identity"]["seed"] for run in runs}) > 1
     for group in sorted(report.groups(runs), key=_order):
-        ids = set.intersection(*({r["id"] for r in run["records"]} for run in group))
-        if not ids:
+        rows = [report.row(*pair) for pair in report.by_attack(group)]
+        if not rows:
             continue
-        by_attack: dict[str, list[dict[str, Any]]] = {}
-        for run in group:
-            shared = [r for r in run["records"] if r["id"] in ids]
-            by_attack.setdefault(run["names"]["attack"], []).append(run | {"records": shared})
-        rows_of = {a: report.row(*_over_views(runs_of)) for a, runs_of in by_attack.items()}
+        one, rows_of = rows[-1], {row["attack"]: row for row in rows if row["attack"] != report.WORST}
         for attack, row in rows_of.items():
             displays.setdefault(attack, []).append(row["display"])
-        whole = len(rows_of) > 1
-        one = report.row(*report.worst_of(group)) if whole else next(iter(rows_of.values()))
-        gradients = one["view"].replace("surrogate:gradient=", "")
-        surrogates = "surrogate:" in one["view"] and "@" not in one["view"]
-        view = "" if one["view"] == "exact" else f" ({gradients})" if surrogates else f" (view {one['view']})"
-        view += f", seed {one['seed']}" if several else ""
+        view = report.viewed(one) + (f", seed {one['seed']}" if several else "")
         cells = [str(one[k]) for k in ("purifier", "classifier", "norm", "eps", "n", "draws")] + [
             _with_interval(one, "clean"),
             *(_percent(rows_of[a]["robust"]) if a in rows_of else "–" for a in attacks),
@@ -128,14 +119,6 @@ def _seconds(row: dict[str, Any]) -> str:
 def _count(parameters: int | None) -> str:
     """How many parameters a purifier has, in thousands."""
     return "–" if parameters is None else f"{parameters / 1000:,.0f} k" if parameters else "0"
-
-
-def _over_views(runs: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """One attack's run and records, or, where it took several gradients, their worst case under its own name."""
-    if len(runs) == 1:
-        return runs[0], runs[0]["records"]
-    worst, records = report.worst_of(runs)
-    return worst | {"names": runs[0]["names"]}, records
 
 
 def _base(attack: str) -> str:

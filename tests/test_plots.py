@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from benchmark import cli, report
+from benchmark import cli, registry, report
 from benchmark.errors import UsageError
+from benchmark.grids import lines
 from benchmark.plots import figures
 from benchmark.results import find_runs
 
@@ -48,15 +50,71 @@ def test_every_figure_is_pdf_png_and_its_data(tmp_path):
 
 
 def test_a_line_over_the_radius_where_there_are_several(tmp_path):
-    written = figures(find_runs([ROOT / "results" / "headline"]), tmp_path)
-    radius = pd.read_csv(tmp_path / "radius-fashion-mnist-linf.csv")
-    assert set(radius["eps"]) == {"16/255", "0.1"} and len(radius) == 12
-    assert "radius-fashion-mnist-linf" in names(written)
+    written = figures(find_runs([ROOT / "results" / "headline"]), tmp_path, ["eps"])
+    attacks = ("pgd", "autoattack", report.WORST)
+    assert names(written) == {f"eps-fashion-mnist-linf-{attack}-n256" for attack in attacks}
+    for attack in attacks:
+        radius = pd.read_csv(tmp_path / f"eps-fashion-mnist-linf-{attack}-n256.csv")
+        assert set(radius["eps"]) == {"16/255", "0.1"} and len(radius) == 12 and set(radius["attack"]) == {attack}
+
+
+def grid() -> list[dict]:
+    """A run of diffpure, as it would stand at other values of an option of its own and of the attack's."""
+    (base,) = find_runs([ROOT / "results" / "families" / "fashion-mnist" / "diffpure-ddim"])
+
+    def at(kind: str, option: str, value: object, **identity: object) -> dict:
+        run = copy.deepcopy(base)
+        spec = registry.parse(run["identity"][kind])
+        run["identity"] |= {kind: str(replace(spec, options=spec.options | {option: value}))} | identity
+        run["names"][kind] += f":{option}={value}"
+        return run
+
+    return [
+        base,
+        at("purifier", "t_star", 0.1, draws=17), at("purifier", "t_star", 0.3), at("purifier", "rule", "ode"),
+        at("attack", "steps", 40), at("attack", "steps", 40, view="bpda"), at("attack", "loss", "dlr"),
+    ]  # fmt: skip
+
+
+def test_lines_join_what_differs_in_one_number():
+    found = {line.axis: line for line in lines(grid())}
+    assert set(found) == {"t_star", "attack steps"}, "a word is no axis, and no line has two views"
+    dial, attack = found["t_star"], found["attack steps"]
+    assert dial.values == (0.1, 0.2, 0.3) and dial.purifier == "diffpure-ddim" and dial.attack == "pgd" and dial.dial
+    assert attack.values == (20, 40) and attack.attack == "pgd" and not attack.dial
+    assert [row["purifier"] for _, row in dial.points] == [
+        "diffpure-ddim:t_star=0.1", "diffpure-ddim", "diffpure-ddim:t_star=0.3"
+    ]  # fmt: skip
+
+
+def test_no_line_through_other_images_or_other_attacks():
+    base, other, *_ = grid()
+    assert [line.axis for line in lines([base, other])] == ["t_star"]
+    fewer = other | {"records": other["records"][:8]}
+    assert lines([base, fewer]) == []
+    seeded = copy.deepcopy(other)
+    seeded["identity"]["seed"] = 7
+    assert lines([base, seeded]) == []
+    second = copy.deepcopy(base)
+    second["identity"]["attack"], second["names"]["attack"] = "apgd:steps=20", "apgd"
+    alone = lines([base, second, other])
+    assert [(line.attack, len(line.rows)) for line in alone] == [("pgd", 2)], "no worst case of one attack beside two"
+
+
+def test_a_grid_of_a_dial_makes_its_curve_and_the_plane(tmp_path):
+    written = figures(grid(), tmp_path, ["t_star", "dials", "attack-"])
+    threat = "fashion-mnist-linf-16-255-pgd-n64"
+    assert names(written) == {f"t-star-{threat}", f"dials-{threat}", f"attack-steps-{threat}"}
+    assert list(pd.read_csv(tmp_path / f"dials-{threat}.csv")["purifier"]) == [
+        "diffpure-ddim:t_star=0.1", "diffpure-ddim", "diffpure-ddim:t_star=0.3"
+    ]  # fmt: skip
 
 
 def test_nothing_to_draw_is_said(tmp_path, capsys):
     with pytest.raises(UsageError, match="no finished run"):
         figures([], tmp_path)
+    with pytest.raises(UsageError, match="no finished run to draw as dials"):
+        figures(find_runs([ROOT / "results" / "headline"]), tmp_path, ["dials"])
     assert cli.main(["report", str(ROOT / "results" / "full"), "--figures", "--out", str(tmp_path / "f")]) == 0
     assert str(tmp_path / "f") in capsys.readouterr().out
 

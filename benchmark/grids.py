@@ -1,0 +1,112 @@
+"""Lines through the runs of a grid: what an accuracy does as one number changes and nothing else does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from benchmark import registry, report
+
+Number = int | float | Fraction
+UNSHARED = ("purifier", "draws", "select")
+"""What the points of a line needn't share, of ``report.CELL``; of the purifier, all but one option."""
+
+
+class Line(NamedTuple):
+    """Runs that differ in one number.
+
+    Attributes:
+        axis: that number: "eps", an option of the purifier ("t_star") or one of the attack ("attack steps").
+        purifier: as it is named, without the number.
+        attack: the attack without the number, or that it is the worst case over several.
+        values: the number in each, ascending.
+        rows: the row of each, as in a report.
+    """
+
+    axis: str
+    purifier: str
+    attack: str
+    values: tuple[Number, ...]
+    rows: tuple[dict[str, Any], ...]
+
+    @property
+    def dial(self) -> bool:
+        """Whether the number is the purifier's, so that clean accuracy changes with it."""
+        return self.axis != "eps" and not self.axis.startswith("attack ")
+
+    @property
+    def points(self) -> list[tuple[Number, dict[str, Any]]]:
+        """Each value with its row."""
+        return list(zip(self.values, self.rows, strict=True))
+
+
+def lines(runs: Iterable[dict[str, Any]]) -> list[Line]:
+    """Every line of two values and more, over the radius, the purifier's options and the attack's.
+
+    A point is one attack on one defense, over what gradients it took; where the same attacks met a defense at each
+    value, their worst case makes another line. Runs on other images share none; the number of draws may
+    differ, for it moves only the intervals, and a setting without noise has one.
+    """
+    found: dict[str, dict[Number, dict[str, Any]]] = {}
+    facts: dict[str, tuple[str, str, str]] = {}
+    for run, records, attacks in _points([run for run in runs if run["records"]]):
+        shared = {key: run["identity"][key] for key in report.CELL if key not in UNSHARED}
+        shared |= {"ids": sorted(r["id"] for r in records)}
+        specs = {"": registry.parse(registry.completed("purifiers", run["identity"]["purifier"]))}
+        if len(attacks) == 1:
+            specs["attack "] = registry.parse(run["identity"]["attack"])
+        else:
+            shared["attacks"] = attacks
+        row = report.row(run, records)
+        for axis, value in _numbers(specs, shared["eps"]).items():
+            rest = {key: value for key, value in shared.items() if key != axis}
+            others = [
+                replace(s, options={k: v for k, v in s.options.items() if p + k != axis}) for p, s in specs.items()
+            ]
+            key = json.dumps([axis, rest, *map(str, others)], sort_keys=True)
+            found.setdefault(key, {}).setdefault(value, row)
+            facts[key] = axis, *_names(axis, row)
+    made = [Line(*facts[key], *zip(*sorted(points.items()), strict=True)) for key, points in found.items()]
+    return sorted((line for line in made if len(line.values) > 1), key=lambda line: line[:3])
+
+
+def _points(runs: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]], list[str]]]:
+    """Each attack, and each worst case, on each defense: a run, its records and the specs of the attacks behind it."""
+    for group in report.groups(runs):
+        parts: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+        for run in group:
+            parts.setdefault(tuple(sorted(r["id"] for r in run["records"])), []).append(run)
+        for part in parts.values():
+            specs = sorted({run["identity"]["attack"] for run in part})
+            for run, records in report.by_attack(part):
+                worst = run["names"]["attack"] == report.WORST
+                yield run, records, specs if worst else [run["identity"]["attack"]]
+
+
+def _numbers(specs: dict[str, registry.Spec], eps: str) -> dict[str, Number]:
+    """What a line could run over: the radius and each numeric option."""
+    numbers: dict[str, Number] = {"eps": Fraction(eps)}
+    for prefix, spec in specs.items():
+        for option, value in spec.options.items():
+            if isinstance(value, int | float | Fraction) and not isinstance(value, bool):
+                numbers[prefix + option] = value
+    return numbers
+
+
+def _names(axis: str, row: dict[str, Any]) -> tuple[str, str]:
+    """The purifier and the attack of a row, without the number on the axis."""
+    purifier, attack = row["purifier"], row["attack"]
+    if axis.startswith("attack "):
+        attack = _without(attack, axis.removeprefix("attack "))
+    elif axis != "eps":
+        purifier = _without(purifier, axis)
+    return purifier, attack
+
+
+def _without(text: str, option: str) -> str:
+    """A spec as it was named, without one of its options."""
+    spec = registry.parse(text)
+    return str(replace(spec, options={key: value for key, value in spec.options.items() if key != option}))
