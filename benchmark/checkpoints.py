@@ -24,6 +24,7 @@ from benchmark import registry, zoo
 from benchmark.data import Form
 from benchmark.errors import UsageError
 from benchmark.fetch import Remote, network, obtain, sha256
+from benchmark.recipes import recipes
 from benchmark.registry import Spec
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -177,8 +178,6 @@ def _named(spec: Spec) -> Spec:
 
 def _remedy(kind: str, name: str, need: Need) -> str:
     """How to come by weights that aren't there."""
-    from benchmark.train import recipes  # it builds on this module
-
     family = need.form.family
     train = f"train them: python -m benchmark train {name} --dataset {family}, then --weights FOLDER"
     if name in recipes(family):

@@ -511,13 +511,29 @@ def _print_findings(found: Sequence[Any]) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from benchmark.train import train
+    from benchmark import data
+    from benchmark.plan import duration
+    from benchmark.recipes import ordered, recipes
+    from benchmark.train import paused, train
 
-    folder = train(
-        arguments.name, arguments.dataset, Path(arguments.out), device=_device(arguments.device),
-        data_dir=arguments.data_dir, epochs=arguments.epochs,
-    )  # fmt: skip
-    print(folder)
+    out, device = Path(arguments.out), _device(arguments.device)
+    family = data.form(arguments.dataset, data_dir=arguments.data_dir).family
+    known = recipes(family)
+    everything = arguments.names == "all"
+    for name in ordered(known, known if everything else arguments.names.split(",")):
+        if everything and (out / family / name / "card.json").is_file():
+            print(f"{out / family / name} stands")
+            continue
+        folder = train(
+            name, arguments.dataset, out, device=device, data_dir=arguments.data_dir, epochs=arguments.epochs,
+            finish=arguments.finish, stop_after=arguments.stop_after,
+        )  # fmt: skip
+        print(folder)
+        if left := paused(folder):
+            print(
+                f"stopped after {left['step']:,} of {left['total']:,} steps of {left['seconds']:.2g} s: in all about "
+                f"{duration(left['total'] * left['seconds'] / 3600)} on this device; the same command goes on"
+            )
     return DONE
 
 

@@ -17,6 +17,10 @@ from benchmark.errors import UsageError
 ASSETS = Path(__file__).parent / "assets"
 VALIDATION = 5_000
 """The last this many training images are cut off for choices; nothing shipped was trained on them."""
+CUT = f"the last {VALIDATION:,} training images, or every tenth where files in folders have no split of that name"
+"""Which images are for validation: never trained on."""
+ALL = 1 << 40
+"""As ``at_least``: every image that there is."""
 SPLITS = ("test", "validation", "train")
 
 
@@ -133,6 +137,13 @@ def load(text: str, at_least: int = 1, *, data_dir: str | None = None, offline: 
     request = Request(at_least, Path(data_dir).expanduser() if data_dir else cache_dir(), offline)
     arguments = () if spec.argument is None else (spec.argument,)
     return LOADERS[spec.name](request, *arguments, **options)
+
+
+def part(text: str, split: str | None = None) -> str:
+    """The spec of another split of a data set, or of what has splits."""
+    spec = registry.parse(text)
+    options = {key: value for key, value in spec.options.items() if key != "split"}
+    return str(replace(spec, options=options | ({} if split is None else {"split": split})))
 
 
 def form(text: str, *, data_dir: str | None = None, offline: bool = False) -> Form:

@@ -139,8 +139,15 @@ def parser() -> argparse.ArgumentParser:
     names.add_argument("--json", action="store_true")
 
     train = _command(commands, "train", "train the weights of a component by its recipe")
-    train.add_argument("name", help="a recipe, e.g. diffpure, nvae or resnet")
-    train.add_argument("--dataset", default="fashion-mnist")
+    train.add_argument(
+        "names", metavar="NAME[,NAME…]",
+        help="recipes, e.g. diffpure, nvae or resnet; all: every one that has no weights in --out yet",
+    )  # fmt: skip
+    train.add_argument("--dataset", default="fashion-mnist", help="a name or parquet:FOLDER (fashion-mnist)")
+    train.add_argument("--finish", metavar="DATASET", help="what the last steps see, e.g. parquet:FOLDER,only=exact")
+    train.add_argument(
+        "--stop-after", type=int, metavar="STEPS", help="leave after so many steps, and say how long the whole takes"
+    )
     train.add_argument("--out", default="weights", metavar="FOLDER", help="written to FOLDER/DATASET/NAME (weights)")
     train.add_argument("--data-dir", metavar="FOLDER", help="where the data set lies or goes")
     train.add_argument("--epochs", type=int, help="other than the recipe's; the card says so")

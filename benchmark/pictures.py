@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmark.data import FORMS, Dataset, Form, Request
+from benchmark.data import FORMS, SPLITS, Dataset, Form, Request
 from benchmark.errors import UsageError
 from benchmark.fetch import sha256
 from benchmark.registry import unknown
@@ -31,7 +31,8 @@ def parquet(
     Args:
         request: how many, from where.
         path: a file, or a folder whose files' names say the split.
-        split: which files of a folder.
+        split: which files of a folder. Without files of validation, it is every tenth row of those for training,
+            which those then leave out.
         family: the data set whose classifiers, purifiers and radii fit; by default the one that the path names.
         label: the column of labels.
         only: a column of booleans: rows where it is false are left out.
@@ -43,7 +44,7 @@ def parquet(
         import pyarrow.parquet as pq
     except ImportError as error:
         raise UsageError("reading Parquet files needs pyarrow: python -m pip install pyarrow") from error
-    files = _shards(Path(path).expanduser(), split)
+    files, kept = _shards(Path(path).expanduser(), split)
     family = _family(path, family)
     digest = hashlib.sha256()
     for file in files:
@@ -75,7 +76,7 @@ def parquet(
             classes = max(classes, pc.max(column_of_labels).as_py() + 1)
         for batch in table.iter_batches(256, columns=[c for c in (column, label, only) if c]):
             for entry in batch.to_pylist():
-                if len(ids) < request.whole_blocks and (not only or entry[only]):
+                if len(ids) < request.whole_blocks and (not only or entry[only]) and kept(row):
                     content = entry[column]
                     content = content.get("bytes") if isinstance(content, dict) else content
                     if not isinstance(content, bytes):
@@ -117,18 +118,21 @@ def folder(request: Request, path: str, *, split: str = "test", family: str = ""
     return from_folders(name, family, root, request.whole_blocks, size, classes)
 
 
-def _shards(path: Path, split: str) -> list[Path]:
-    """The Parquet files of a path: itself, or those of a split."""
+def _shards(path: Path, split: str) -> tuple[list[Path], Callable[[int], bool]]:
+    """The Parquet files of a path, itself or those of a split, and which of their rows belong to it."""
     if path.is_file() and split == "test":
-        return [path]
+        return [path], lambda row: True
     if path.is_file():
         raise UsageError(f"parquet:{path}: a file has no splits; name the file that holds split={split}")
     if not path.is_dir():
         raise UsageError(f"parquet:{path}: no such file or folder")
-    stems = "validation|valid|val" if split == "validation" else split
     everything = sorted(path.rglob("*.parquet"))
-    if chosen := [f for f in everything if re.match(rf"({stems})[-_.]", f.name)]:
-        return chosen
+    stems = {"validation": "validation|valid|val"}
+    of = {s: [f for f in everything if re.match(rf"({stems.get(s, s)})[-_.]", f.name)] for s in SPLITS}
+    if split != "test" and of["train"] and not of["validation"]:
+        return of["train"], lambda row: (row % 10 == 9) == (split == "validation")
+    if of[split]:
+        return of[split], lambda row: True
     raise UsageError(
         f"parquet:{path}: no file of the split {split!r} among {', '.join(f.name for f in everything) or 'no files'}; "
         "split=NAME names another"

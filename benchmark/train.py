@@ -6,8 +6,7 @@ import json
 import math
 import os
 import time
-import tomllib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -19,59 +18,12 @@ from tqdm import tqdm
 
 from benchmark import checkpoints, data, registry
 from benchmark.errors import UsageError
+from benchmark.measure import measure
+from benchmark.recipes import LARGER, Recipe, recipes
 from purifiers import Batch, Tape
 
-RECIPES = Path(__file__).parent / "recipes.toml"
-LARGER = "cifar10"
-"""The data set whose recipes, for a GPU, stand in the cards of small models, too."""
-MEASURED = 10_000
-"""Network evaluations of a purifier that a card's accuracies are measured with."""
 SAVE_EVERY = 60.0
 """Seconds between saves of a training under way."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a component's weights are made; a section of recipes.toml."""
-
-    kind: str
-    component: str
-    size: str
-    epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    ema: float
-    augment: list[str]
-    adversarial_eps: str | None = None
-    seed: int = 0
-    options: dict[str, Any] = field(default_factory=dict)
-    objective: dict[str, Any] = field(default_factory=dict)
-    init: str | dict[str, str] | None = None
-    """The weights that training starts from: a card, for parts of one name, or a "card.part" for every part."""
-    critics: list[str] = field(default_factory=list)
-    """Networks of ``Purifier.critics`` that train along."""
-    judge: str | None = None
-    """A classifier whose features the objective compares; never the victim of the tables."""
-    skip_above: float | None = None
-    """Steps with a longer gradient, or one that isn't finite, move nothing."""
-    dial: str | None = None
-    """The option that sets the strength of these weights, where it isn't the component's."""
-    settle: int = 0
-    """Training images handed to ``Purifier.settle``, before the training."""
-
-
-def recipes(dataset: str) -> dict[str, Recipe]:
-    """The recipes for a data set, by name; a section with ``like`` changes what it names of another recipe."""
-    sections = tomllib.loads(RECIPES.read_text())
-
-    def whole(section: dict[str, Any]) -> dict[str, Any]:
-        if "like" not in section:
-            return section
-        family, _, name = section["like"].partition(".")
-        return whole(sections[family][name]) | {k: v for k, v in section.items() if k != "like"}
-
-    return {name: Recipe(**whole(section)) for name, section in sections.get(dataset, {}).items()}
 
 
 def train(
@@ -83,31 +35,41 @@ def train(
     data_dir: str | None = None,
     epochs: int | None = None,
     limit: int | None = None,
+    finish: str | None = None,
+    stop_after: int | None = None,
 ) -> Path:
-    """Train ``name`` by its recipe and write weights and card to ``out/<dataset>/<name>``.
+    """Train ``name`` by its recipe and write weights and card to ``out/<data set>/<name>``.
 
     The state is saved every minute; the same command continues after a kill. Noise, order and augmentation are keyed
     by the step, so a resumed training is the training that was interrupted.
 
     Args:
+        dataset: a data set's spec; its splits train, validation and test are used.
         epochs: other than the recipe's; the card says so.
         limit: train on the first so many images only; the card says so.
+        finish: the data set of the last steps, as many as the recipe says, e.g. of better images than most are; the
+            card is measured on it.
+        stop_after: leave after so many steps, with the state saved and no card: ``paused`` says what is left.
 
     Raises:
-        UsageError: for an unknown name, or if ``out`` holds finished weights already.
+        UsageError: for an unknown name, if ``out`` holds finished weights already, or an unfinished training of
+            another recipe, length or data set.
     """
-    known = recipes(dataset)
+    family = data.form(dataset, data_dir=data_dir).family
+    known = recipes(family)
     if name not in known:
-        raise UsageError(registry.unknown(f"recipe on {dataset}", name, sorted(known)))
+        raise UsageError(registry.unknown(f"recipe on {family}", name, sorted(known)))
     recipe = known[name] if epochs is None else Recipe(**asdict(known[name]) | {"epochs": epochs})
-    folder = out / dataset / name
+    folder = out / family / name
     if (folder / "card.json").exists():
         raise UsageError(
             f"{folder}/card.json exists; choose another --out or delete the folder: nothing was overwritten"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    images = data.load(f"{dataset}:split=train", data_dir=data_dir)
-    images = images if limit is None else images.first(limit)
+    images = _training_images(dataset, limit, data_dir)
+    last = None if finish is None else _training_images(finish, limit, data_dir)
+    if last is not None and last.form != images.form:
+        raise UsageError(f"--finish {finish}: {last.form}, the other images are {images.form}")
     torch.manual_seed(recipe.seed)
     component = registry.load(recipe.kind, recipe.component)
     classes = (images.classes,) if recipe.kind == "classifiers" else ()
@@ -119,12 +81,16 @@ def train(
         with torch.no_grad():
             module.eval().settle(images.images(slice(0, recipe.settle)).to(device))  # type: ignore[operator]
         module.train()
-    skipped = _fit(module, recipe, images, folder / "state.pt", device, aside) if recipe.epochs else 0
+    skipped: int | None = 0
+    if recipe.epochs:
+        skipped = _fit(module, recipe, images, last, folder / "state.pt", device, aside, stop_after)
+    if skipped is None:
+        return folder
     # parts that came trained and weren't moved stay where they are
     kept = {k: v for k, v in started.items() if not recipe.epochs or k in getattr(module, "given", ())}
     for part in parts.keys() - kept.keys():
         checkpoints.halve(parts[part])
-    measured = measure(module, recipe, dataset, aside, data_dir=data_dir, limit=limit)
+    measured = measure(module, recipe, finish or dataset, aside, out, data_dir=data_dir, limit=limit)
     files = kept | checkpoints.save(folder, {k: v.cpu() for k, v in parts.items() if k not in kept})
     files = {k: files[k] for k in parts}
     card = {
@@ -136,22 +102,36 @@ def train(
         "parameters": sum(p.numel() for p in module.parameters()),
         "recipe": asdict(recipe),
         "data": {
-            "dataset": dataset,
+            "dataset": data.part(images.name),
             "training_images": len(images),
-            "validation": f"the last {data.VALIDATION:,} training images, never trained on",
+            "validation": f"{data.CUT}, never trained on",
             "sha256": images.fingerprint,
-        },
+        }
+        | ({} if last is None else {"finish": data.part(last.name), "finishing_images": len(last)}),
         "skipped_steps": skipped,
         "measured": measured,
-        "command": f"python -m benchmark train {name} --dataset {dataset}",
+        "command": f"python -m benchmark train {name} --dataset {dataset}" + (f" --finish {finish}" if finish else ""),
         "torch": torch.__version__.split("+")[0],
     }
-    if dataset != LARGER and name in recipes(LARGER):
+    if family != LARGER and name in recipes(LARGER):
         command = f"python -m benchmark train {name} --dataset {LARGER} --device cuda"
         card["larger"] = {"recipe": asdict(recipes(LARGER)[name]), "command": command}
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     (folder / "state.pt").unlink(missing_ok=True)
     return folder
+
+
+def _training_images(dataset: str, limit: int | None, data_dir: str | None) -> data.Dataset:
+    images = data.load(data.part(dataset, "train"), data_dir=data_dir, at_least=data.ALL)
+    return images if limit is None else images.first(limit)
+
+
+def paused(folder: Path) -> dict[str, float] | None:
+    """Of an unfinished training in ``folder``: its "step", "total" steps and "seconds" per step; None without one."""
+    if not (folder / "state.pt").is_file():
+        return None
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    return {key: state[key] for key in ("step", "total", "seconds")}
 
 
 def _start(recipe: Recipe, images: data.Dataset, parts: dict[str, nn.Module], out: Path) -> dict[str, dict[str, str]]:
@@ -210,61 +190,30 @@ def _features(network: nn.Module, x: Tensor) -> list[Tensor]:
     return [f for f in found if f.ndim == 4 and f.shape[-1] > 1]
 
 
-def measure(
+def _fit(
     module: nn.Module,
     recipe: Recipe,
-    dataset: str,
-    aside: dict[str, Any] | None = None,
-    *,
-    data_dir: str | None = None,
-    limit: int | None = None,
-) -> dict[str, dict[str, float]]:
-    """What trained weights do on images they never saw: the objective and the accuracy, with n.
+    images: data.Dataset,
+    last: data.Dataset | None,
+    state_file: Path,
+    device: str,
+    aside: dict[str, Any],
+    stop_after: int | None,
+) -> int | None:
+    """Minimise the objectives; leaves the averaged weights in ``module``.
 
-    The accuracy of a purifier is that of the shipped ``resnet`` on images purified once. Purifiers of many steps are
-    measured on the first ``MEASURED`` / NFE images.
+    Returns how many steps were skipped, or None if it stopped before the end.
     """
-    module.eval()
-    device = next(module.parameters()).device
-    judge = None
-    if recipe.kind == "purifiers" and "resnet" in checkpoints.cards(dataset):
-        need = checkpoints.Need(data.form(dataset))
-        judge = checkpoints.build("classifiers", "resnet", need).module.to(device)
-    measured = {}
-    for split in ("validation", "test"):
-        wanted = 10_000 if split == "test" else 1  # a test set at hand may be an excerpt
-        images = data.load(f"{dataset}:split={split}", wanted, data_dir=data_dir)
-        most = min(len(images), max(MEASURED // getattr(module, "nfe", 1), 100))
-        images = images.first(most if limit is None else min(limit, most))
-        sums: dict[str, float] = {}
-        for first in range(0, len(images), 250):
-            rows = slice(first, first + 250)
-            batch = Batch(images.images(rows).to(device), images.labels[rows].to(device))
-            tape = Tape(recipe.seed, "measure", images.ids[rows])
-            with torch.no_grad():
-                losses = module.objectives(batch, tape, **recipe.objective, **aside or {})  # type: ignore[operator]
-                values = {f"objective of {k}": float(v) for k, v in losses.items()}
-                if recipe.kind == "classifiers":
-                    values["accuracy"] = float((module(batch.x).argmax(1) == batch.y).float().mean())
-                elif judge is not None:
-                    purified = module(batch.x, tape.fold("purify"))
-                    values["accuracy with resnet"] = float((judge(purified).argmax(1) == batch.y).float().mean())
-            for k, v in values.items():
-                sums[k] = sums.get(k, 0.0) + v * len(batch.y)
-        measured[split] = {k: round(v / len(images), 6) for k, v in sums.items()} | {"n": len(images)}
-    return measured
-
-
-def _fit(
-    module: nn.Module, recipe: Recipe, images: data.Dataset, state_file: Path, device: str, aside: dict[str, Any]
-) -> int:
-    """Minimise the objectives; leaves the averaged weights in ``module``. Returns how many steps were skipped."""
     from diffusers.training_utils import EMAModel
 
     per_epoch = len(images) // recipe.batch_size
     total = per_epoch * recipe.epochs
+    if not total:
+        raise UsageError(f"{len(images):,} training images make no batch of {recipe.batch_size}")
+    until = total if last is None else total - round(recipe.finish * total)
     objective = recipe.objective | aside
-    probe = _batch(images, recipe, 0, per_epoch, total, device)
+    of = json.dumps([asdict(recipe), images.fingerprint, len(images), last and last.fingerprint], sort_keys=True)
+    probe = _batch(images, recipe, 0, total, device)
     keys = list(module.objectives(*probe, **objective))  # type: ignore[operator]
     critics = {k: v for k, v in aside.items() if isinstance(v, nn.Module)}
     optimisers = {k: _optimiser(module, k, recipe, critics) for k in keys}
@@ -279,19 +228,24 @@ def _fit(
         saved = torch.load(state_file, map_location=device, weights_only=True)
         if saved["total"] != total:
             raise UsageError(f"{state_file} is of a training of {saved['total']} steps, not {total}; delete it")
+        if saved["of"] != of:
+            raise UsageError(f"{state_file} is of another recipe or other images; delete it, or choose another --out")
         for k, part in stateful.items():
             part.load_state_dict(saved[k])
         first, skipped = saved["step"], saved["skipped"]
 
-    last_save = time.monotonic()
-    progress = tqdm(range(first, total), initial=first, total=total, unit="it", desc=state_file.parent.name)
+    end = total if stop_after is None else min(total, first + stop_after)
+    began = last_save = time.monotonic()
+    progress = tqdm(range(first, end), initial=first, total=total, unit="it", desc=state_file.parent.name)
     progress.mininterval = 0.1 if os.isatty(2) else 30
     mean = {k: 0.0 for k in keys}
     for step in progress:
-        batch, tape = _batch(images, recipe, step, per_epoch, total, device)
-        if recipe.adversarial_eps:
-            batch = _adversarial(module, batch, tape, Fraction(recipe.adversarial_eps))
-        losses = module.objectives(batch, tape, **objective)  # type: ignore[operator]
+        shown, since = (images, 0) if last is None or step < until else (last, until)
+        batch, tape = _batch(shown, recipe, step, total, device, since)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+            if recipe.adversarial_eps:
+                batch = _adversarial(module, batch, tape, Fraction(recipe.adversarial_eps))
+            losses = module.objectives(batch, tape, **objective)  # type: ignore[operator]
         for k, loss in losses.items():
             optimisers[k].zero_grad(set_to_none=True)
             loss.backward(retain_graph=len(losses) > 1)
@@ -304,12 +258,15 @@ def _fit(
             mean[k] += (loss.item() - mean[k]) * max(0.01, 1 / (step - first + 1))
         ema.step(module.parameters())
         progress.set_postfix({k: f"{v:.4g}" for k, v in mean.items()}, refresh=False)
-        if time.monotonic() - last_save > SAVE_EVERY:
+        if time.monotonic() - last_save > SAVE_EVERY or step + 1 == end < total:
             saved = {k: part.state_dict() for k, part in stateful.items()}
-            saved |= {"step": step + 1, "total": total, "skipped": skipped}
+            seconds = (time.monotonic() - began) / (step + 1 - first)
+            saved |= {"step": step + 1, "total": total, "skipped": skipped, "of": of, "seconds": seconds}
             torch.save(saved, state_file.with_suffix(".new"))
             state_file.with_suffix(".new").replace(state_file)
             last_save = time.monotonic()
+    if end < total:
+        return None
     ema.copy_to(module.parameters())
     return skipped
 
@@ -328,13 +285,14 @@ def _optimiser(module: nn.Module, key: str, recipe: Recipe, critics: dict[str, n
 
 
 def _batch(
-    images: data.Dataset, recipe: Recipe, step: int, per_epoch: int, total: int, device: str
+    images: data.Dataset, recipe: Recipe, step: int, total: int, device: str, began: int = 0
 ) -> tuple[Batch, Tape]:
-    """The batch of a step and its noise, both functions of (seed, step) alone."""
-    epoch, position = divmod(step, per_epoch)
+    """The batch of a step and its noise, both functions of (seed, step) alone; of images used since step ``began``."""
+    size = min(recipe.batch_size, len(images))
+    epoch, position = divmod(step - began, len(images) // size)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch))
-    rows = order[position * recipe.batch_size : (position + 1) * recipe.batch_size]
-    tape = Tape(recipe.seed, "train", images.ids[rows], torch.full_like(rows, epoch))
+    rows = order[position * size : (position + 1) * size]
+    tape = Tape(recipe.seed, "finish" if began else "train", images.ids[rows], torch.full_like(rows, epoch))
     x = images.images(rows)
     for name in recipe.augment:
         x = AUGMENT[name](x, tape.fold("augment", name))

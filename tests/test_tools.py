@@ -14,12 +14,14 @@ from PIL import Image
 
 import benchmark
 from benchmark import checkpoints, cli, data, loaders, registry
-from benchmark import train as training
+from benchmark import recipes as recipe_book
 from benchmark.errors import UsageError
 from benchmark.gallery import gallery
+from benchmark.measure import measure
+from benchmark.recipes import recipes
 from benchmark.replay import replay
 from benchmark.results import find_runs
-from benchmark.train import recipes, train
+from benchmark.train import train
 from purifiers import Tape
 from tests.test_train import needs_full
 
@@ -565,7 +567,7 @@ def own_recipes(tmp_path_factory):
     path = tmp_path_factory.mktemp("recipes") / "recipes.toml"
     path.write_text(RECIPES)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "RECIPES", path)
+        patch.setattr(recipe_book, "RECIPES", path)
         yield
 
 
@@ -635,8 +637,8 @@ def test_steps_with_a_long_gradient_move_nothing(tmp_path, own_recipes):
     assert all(torch.equal(ours[key], theirs[key].half().float()) for key in ours)
     assert dtypes(folder / card["files"]["autoencoder"]["file"]) == {"F16"}
     # the judge's features are part of what is minimised: without them it is less
-    plain = training.Recipe(**card["recipe"] | {"judge": None, "objective": {}})
-    alone = training.measure(still.train(), plain, DATASET, limit=64)["test"]["objective of autoencoder"]
+    plain = recipe_book.Recipe(**card["recipe"] | {"judge": None, "objective": {}})
+    alone = measure(still.train(), plain, DATASET, limit=64)["test"]["objective of autoencoder"]
     assert card["measured"]["test"]["objective of autoencoder"] > alone + 1
 
 

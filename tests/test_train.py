@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from benchmark import checkpoints, cli, data, loaders, registry
+from benchmark import recipes as recipe_book
 from benchmark import train as training
 from benchmark.errors import UsageError
-from benchmark.train import recipes, train
+from benchmark.measure import measure
+from benchmark.recipes import recipes
+from benchmark.train import train
 from purifiers import Batch, Defense, Tape
 
 DATASET = "fashion-mnist"
@@ -32,10 +35,10 @@ def weights(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def tiny(tmp_path, monkeypatch) -> None:
     """The recipes with tiny networks and small batches, for what doesn't depend on size."""
-    text = re.sub(r'size = "small-(\w+)"', r'size = "tiny-\1"', training.RECIPES.read_text())
+    text = re.sub(r'size = "small-(\w+)"', r'size = "tiny-\1"', recipe_book.RECIPES.read_text())
     text = re.sub(r'size = "\w+"', 'size = "tiny"', text)
     (tmp_path / "recipes.toml").write_text(text.replace("batch_size = 128", "batch_size = 32"))
-    monkeypatch.setattr(training, "RECIPES", tmp_path / "recipes.toml")
+    monkeypatch.setattr(recipe_book, "RECIPES", tmp_path / "recipes.toml")
     assert {(r.size.partition("-")[0], r.batch_size) for r in recipes(DATASET).values()} == {("tiny", 32)}
 
 
@@ -132,7 +135,7 @@ def test_training_moves_the_objective_down(tmp_path, tiny):
     component = registry.load(recipe.kind, recipe.component)
     torch.manual_seed(recipe.seed)
     fresh = component(*component.parts((1, 28, 28), recipe.size).values(), **recipe.options)
-    before = training.measure(fresh, recipe, DATASET, limit=256)["test"][key]
+    before = measure(fresh, recipe, DATASET, limit=256)["test"][key]
     assert after < 0.8 * before
 
 

@@ -1,0 +1,87 @@
+"""Recipes: how weights are made, as recipes.toml says."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmark import registry
+from benchmark.errors import UsageError
+
+RECIPES = Path(__file__).parent / "recipes.toml"
+LARGER = "cifar10"
+"""The data set whose recipes, for a GPU, stand in the cards of small models, too."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a component's weights are made; a section of recipes.toml."""
+
+    kind: str
+    component: str
+    size: str
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    ema: float
+    augment: list[str]
+    adversarial_eps: str | None = None
+    seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
+    init: str | dict[str, str] | None = None
+    """The weights that training starts from: a card, for parts of one name, or a "card.part" for every part."""
+    critics: list[str] = field(default_factory=list)
+    """Networks of ``Purifier.critics`` that train along."""
+    judge: str | None = None
+    """A classifier whose features the objective compares; never the victim of the tables."""
+    skip_above: float | None = None
+    """Steps with a longer gradient, or one that isn't finite, move nothing."""
+    dial: str | None = None
+    """The option that sets the strength of these weights, where it isn't the component's."""
+    settle: int = 0
+    """Training images handed to ``Purifier.settle``, before the training."""
+    precision: str = "float32"
+    """What networks compute in: "float32", or "bf16" for mixed precision; weights are float32 in either."""
+    finish: float = 0.1
+    """The share of steps, the last ones, on the finishing images, where there are any."""
+
+    @property
+    def needs(self) -> set[str]:
+        """The cards that have to be there first."""
+        sources = self.init.values() if isinstance(self.init, dict) else [f"{self.init}."] if self.init else []
+        return {source.rpartition(".")[0] for source in sources} | ({self.judge} if self.judge else set())
+
+
+def recipes(dataset: str) -> dict[str, Recipe]:
+    """The recipes for a data set, by name; a section with ``like`` changes what it names of another recipe."""
+    sections = tomllib.loads(RECIPES.read_text())
+
+    def whole(section: dict[str, Any]) -> dict[str, Any]:
+        if "like" not in section:
+            return section
+        family, _, name = section["like"].partition(".")
+        return whole(sections[family][name]) | {k: v for k, v in section.items() if k != "like"}
+
+    return {name: Recipe(**whole(section)) for name, section in sections.get(dataset, {}).items()}
+
+
+def ordered(known: dict[str, Recipe], names: Iterable[str]) -> list[str]:
+    """Names of recipes, each behind what it starts from or is judged by, if that is among them.
+
+    Raises:
+        UsageError: for an unknown name.
+    """
+    left, done = list(dict.fromkeys(names)), list[str]()
+    for name in left:
+        if name not in known:
+            raise UsageError(registry.unknown("recipe", name, sorted(known)))
+    while left:
+        ready = next(name for name in left if not known[name].needs & set(left))
+        left.remove(ready)
+        done.append(ready)
+    return done
