@@ -3,6 +3,7 @@
 # make slow   the slow tests           make report  results/ in every format: page, figures, tables, into site/
 # make bench  how near to the floor gradients and attacks run on this machine: results/bench/
 # make parity CIFAR10=DATASET          our attacks and samplers against published ones: results/parity.md
+# make cifar10 CIFAR10=DATASET [EXACT=DATASET]  our own CIFAR-10 models and their tables, into OUT (hours on a GPU)
 PYTHON ?= python3
 ARGS ?=
 OUT ?= results/mine
@@ -70,6 +71,38 @@ headline: install
 	$(BIN)/python -m benchmark run --attack pgd --budget quick --view blind --n-examples 128 --out $(OUT)/checks
 	$(BIN)/python -m benchmark run --attack pgd:steps=40 --budget quick --n-examples 128 --out $(OUT)/checks
 	$(BIN)/python -m benchmark run --attack pgd:eot=8 --budget quick --n-examples 128 --out $(OUT)/checks
+
+# Victims and purifiers trained from nothing, their dials turned on validation images, then attacked at their defaults
+# and at equal clean accuracy. Each line continues where it was stopped. EXACT is what training ends with and tables are
+# of, where that isn't all of CIFAR10, e.g. CIFAR10=parquet:FOLDER EXACT=parquet:FOLDER,only=exact.
+CIFAR10 ?= cifar10
+EXACT ?= $(CIFAR10)
+VICTIMS ?= resnet18,resnet18-at
+MODELS ?= vae,vqvae,nvae,vae-latent,diffpure,latent,diffusevae
+TRAIN ?=
+BUDGET ?= quick
+IMAGES ?= 256
+with = $(EXACT)$(if $(findstring :,$(EXACT)),$(comma),:)
+comma := ,
+DIALS = vae:temperature={0.0,1.0,2.0,4.0} vqvae:codes={0,32,128} nvae:keep={2,3,4,5} \
+	diffpure:steps=10,t_star={0.05,0.1,0.15,0.2} latent:t_star={0.1,0.2,0.3} diffusevae:t_star={0.1,0.15,0.2,0.3}
+
+.PHONY: cifar10
+cifar10: SHARED = --weights $(OUT)/weights --budget $(BUDGET) --yes
+cifar10: TESTED = --dataset '$(EXACT)' --n-examples $(IMAGES) --attack pgd,autoattack $(SHARED)
+cifar10: install
+	$(BIN)/python -m benchmark train $(VICTIMS),$(MODELS) --dataset '$(CIFAR10)' --finish '$(EXACT)' --out $(OUT)/weights $(TRAIN)
+	for setting in $(foreach dial,$(DIALS),'$(dial)'); do \
+		$(BIN)/python -m benchmark run --attack identity --draws 3 --dataset '$(with)split=validation' --n-examples 256 \
+			--classifier resnet18 --purifier "$$setting" --out $(OUT)/cifar10-dials $(SHARED) || exit 1; done
+	for radius in '--norm Linf --eps 8/255' '--norm L2 --eps 0.5'; do \
+		$(BIN)/python -m benchmark run --purifier identity,$(MODELS) --classifier $(VICTIMS) $$radius \
+			--out $(OUT)/cifar10 $(TESTED) || exit 1; \
+		$(BIN)/python -m benchmark run --classifier resnet18 $$radius --out $(OUT)/cifar10-matched $(TESTED) --purifier \
+			"$$($(BIN)/python -m benchmark report $(OUT)/cifar10-dials --match 0.85 --columns purifier)" || exit 1; done
+	$(BIN)/python -m benchmark bench --purifier diffpure --batch-size 256 --out $(OUT)/bench
+	$(BIN)/python -m benchmark report $(OUT)/cifar10 $(OUT)/cifar10-matched --figures --out $(OUT)/cifar10-figures
+	$(BIN)/python -m benchmark report $(OUT)/cifar10 --compact
 
 clean:
 	rm -rf build *.egg-info shims/src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

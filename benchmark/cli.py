@@ -219,7 +219,11 @@ def _report(arguments: argparse.Namespace) -> int:
     if arguments.gallery:
         return _gallery(arguments)
     if arguments.match is not None:
-        print(writers.matches(report.matched(find_runs(arguments.paths), _shares(arguments.match))), end="")
+        found = report.matched(find_runs(arguments.paths), _shares(arguments.match))
+        if arguments.columns == "purifier":
+            print(",".join(dict.fromkeys(one["purifier"] for one in found)))
+        else:
+            print(writers.matches(found), end="")
         return DONE
     if arguments.bibtex:
         from benchmark.references import bibtex
@@ -519,9 +523,9 @@ def _train(arguments: argparse.Namespace) -> int:
     out, device = Path(arguments.out), _device(arguments.device)
     family = data.form(arguments.dataset, data_dir=arguments.data_dir).family
     known = recipes(family)
-    everything = arguments.names == "all"
-    for name in ordered(known, known if everything else arguments.names.split(",")):
-        if everything and (out / family / name / "card.json").is_file():
+    names = ordered(known, known if arguments.names == "all" else arguments.names.split(","))
+    for name in names:
+        if len(names) > 1 and (out / family / name / "card.json").is_file():
             print(f"{out / family / name} stands")
             continue
         folder = train(

@@ -57,7 +57,9 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     report.add_argument("--images", type=int, default=2, metavar="N", help="images of a gallery (2)")
     report.add_argument(
-        "--match", metavar="SHARES", help="per purifier the setting of closest clean accuracy, e.g. 0.85,0.80"
+        "--match",
+        metavar="SHARES",
+        help="per purifier the setting of closest clean accuracy, e.g. 0.85,0.80; with --columns purifier as a list",
     )
     report.add_argument("--weights", metavar="FOLDER", help="a folder with further cards, for galleries")
     report.add_argument("--data-dir", metavar="FOLDER", help="where data sets lie, for galleries")
@@ -141,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
     train = _command(commands, "train", "train the weights of a component by its recipe")
     train.add_argument(
         "names", metavar="NAME[,NAME…]",
-        help="recipes, e.g. diffpure, nvae or resnet; all: every one that has no weights in --out yet",
+        help="recipes, e.g. diffpure, nvae or resnet, or all; of several, those that have weights in --out stand",
     )  # fmt: skip
     train.add_argument("--dataset", default="fashion-mnist", help="a name or parquet:FOLDER (fashion-mnist)")
     train.add_argument("--finish", metavar="DATASET", help="what the last steps see, e.g. parquet:FOLDER,only=exact")

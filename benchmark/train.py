@@ -123,7 +123,7 @@ def train(
 
 def _training_images(dataset: str, limit: int | None, data_dir: str | None) -> data.Dataset:
     images = data.load(data.part(dataset, "train"), data_dir=data_dir, at_least=data.ALL)
-    return images if limit is None else images.first(limit)
+    return images if limit is None else images.first(min(limit, len(images)))
 
 
 def paused(folder: Path) -> dict[str, float] | None:

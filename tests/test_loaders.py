@@ -182,6 +182,21 @@ def test_parquet_in_the_hubs_layout(tmp_path):
     assert len(data.load(f"parquet:{tmp_path / 'cifar10'},split=train")) == 5
 
 
+def test_a_folder_without_files_of_validation_cuts_it_off_its_training_rows(tmp_path):
+    folder, exact = tmp_path / "cifar10", [i % 3 == 0 for i in range(70)]
+    write(folder / "train-0.parquet", PIXELS, exact=exact)
+
+    def ids(options: str) -> list[int]:
+        return data.load(f"parquet:{folder},{options}", data.ALL).ids.tolist()
+
+    assert ids("split=validation") == list(range(9, 70, 10))
+    assert sorted(ids("split=validation") + ids("split=train")) == list(range(70))
+    for split in ("train", "validation"):
+        assert ids(f"split={split},only=exact") == [i for i in ids(f"split={split}") if exact[i]]
+    write(folder / "validation-0.parquet", PIXELS[:5], exact=exact[:5])
+    assert ids("split=train") == list(range(70)) and ids("split=validation") == list(range(5))
+
+
 def test_parquet_rows_by_a_column_keep_their_ids(tmp_path):
     path = write(tmp_path / "x.parquet", PIXELS, exact=[i % 3 == 0 for i in range(70)])
     read = data.load(f"parquet:{path},only=exact,family=cifar10", 20)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torchvision.transforms.functional import to_pil_image
 
 from benchmark import checkpoints, cli, data, loaders, registry
 from benchmark import recipes as recipe_book
 from benchmark import train as training
 from benchmark.errors import UsageError
-from benchmark.measure import measure
-from benchmark.recipes import recipes
+from benchmark.measure import frechet, last_features, measure
+from benchmark.recipes import ordered, recipes
 from benchmark.train import train
 from purifiers import Batch, Defense, Tape
 
@@ -26,6 +29,16 @@ needs_full = pytest.mark.skipif(
     not (loaders.SYSTEM / DATASET / "train-images-idx3-ubyte.gz").exists(),
     reason=f"training needs the full Fashion-MNIST in {loaders.SYSTEM / DATASET}",
 )
+
+
+def write(path: Path, pixels: torch.Tensor, labels: torch.Tensor) -> None:
+    """A Parquet file of images in the hubs' layout."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = []
+    for image in pixels:
+        to_pil_image(image).save(buffer := io.BytesIO(), "png")
+        rows.append({"bytes": buffer.getvalue(), "path": None})
+    pq.write_table(pa.table({"img": rows, "label": labels.tolist()}), path)
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -127,6 +140,56 @@ def test_a_state_of_another_length_is_refused(tmp_path, tiny, monkeypatch):
 
 
 @needs_full
+def test_a_state_of_another_recipe_is_refused(tmp_path, tiny):
+    train("vae", DATASET, tmp_path, epochs=1, limit=64, stop_after=1)
+    text = recipe_book.RECIPES.read_text()
+    recipe_book.RECIPES.write_text(text.replace("objective = { sigma_x = 0.1,", "objective = { sigma_x = 0.2,"))
+    assert recipe_book.RECIPES.read_text() != text
+    with pytest.raises(UsageError, match="of another recipe or other images; delete it"):
+        train("vae", DATASET, tmp_path, epochs=1, limit=64)
+
+
+@needs_full
+def test_a_training_left_early_says_what_is_left_and_goes_on(tmp_path, tiny):
+    whole = train("vae", DATASET, tmp_path / "whole", epochs=2, limit=64)
+    assert training.paused(whole) is None
+    for done in (1, 3):
+        part = train("vae", DATASET, tmp_path / "part", epochs=2, limit=64, stop_after=done - (done > 1))
+        left = training.paused(part)
+        assert left and (left["step"], left["total"]) == (done, 4) and left["seconds"] > 0
+        assert not (part / "card.json").exists()
+    train("vae", DATASET, tmp_path / "part", epochs=2, limit=64, stop_after=7)  # more than are left
+    assert training.paused(part) is None and weights(part) == weights(whole)
+
+
+@needs_full
+def test_the_last_steps_see_the_finishing_images(tmp_path, tiny, monkeypatch):
+    text = recipe_book.RECIPES.read_text()
+    recipe_book.RECIPES.write_text(
+        text.replace("objective = { sigma_x = 0.1,", "finish = 0.4\nobjective = { sigma_x = 0.1,")
+    )
+    batch_of, seen = training._batch, []
+
+    def watching(images, recipe, step, total, device, began=0):
+        batch, tape = batch_of(images, recipe, step, total, device, began)
+        seen.append((step, began, len(batch.y), images.name))
+        return batch, tape
+
+    monkeypatch.setattr(training, "_batch", watching)
+    pixels = data.load(DATASET).first(16)
+    source = tmp_path / "good" / "fashion-mnist"
+    source.mkdir(parents=True)
+    write(source / "train-0.parquet", pixels.pixels, pixels.labels)
+    write(source / "test-0.parquet", pixels.pixels, pixels.labels)
+    folder = train("vae", DATASET, tmp_path, epochs=5, limit=32, finish=f"parquet:{source}")
+    assert [s[:2] for s in seen[1:]] == [(0, 0), (1, 0), (2, 0), (3, 3), (4, 3)]
+    assert [s[3].split(":")[0] for s in seen[1:]] == [DATASET] * 3 + ["parquet"] * 2
+    card = json.loads((folder / "card.json").read_text())
+    assert card["data"]["finish"] == "parquet:fashion-mnist,family=fashion-mnist" and "--finish" in card["command"]
+    assert card["data"]["finishing_images"] == 15 and card["measured"]["validation"]["n"] == 1
+
+
+@needs_full
 def test_training_moves_the_objective_down(tmp_path, tiny):
     recipe = recipes(DATASET)["vae"]
     folder = train("vae", DATASET, tmp_path, epochs=10, limit=256)
@@ -180,6 +243,45 @@ def test_trained_weights_defend(tmp_path, tiny):
     assert defense(x, Tape(0, "verdict", torch.arange(4))).shape == (4, 10)
 
 
+def test_recipes_come_behind_what_they_start_from():
+    for family in (DATASET, LARGE):
+        known = recipes(family)
+        order = ordered(known, reversed(known))
+        assert sorted(order) == sorted(known)
+        for name in order:
+            assert known[name].needs <= set(order[: order.index(name)]), name
+    with pytest.raises(UsageError, match="did you mean vqvae"):
+        ordered(known, ["vqvaee"])
+
+
+def test_all_trains_what_has_no_weights_yet(tmp_path, monkeypatch, capsys):
+    missing, begun = {"diffusevae-nvae", "nvae", "elbo"}, []
+    for name in set(NAMES) - missing:
+        (tmp_path / DATASET / name).mkdir(parents=True)
+        (tmp_path / DATASET / name / "card.json").write_text("precious")
+    monkeypatch.setattr(training, "train", lambda name, *a, **k: begun.append(name) or tmp_path / DATASET / name)
+    assert cli.main(["train", "all", "--out", str(tmp_path)]) == cli.DONE
+    assert set(begun) == missing and begun.index("nvae") < begun.index("diffusevae-nvae")
+    assert capsys.readouterr().out.count(" stands\n") == len(NAMES) - len(missing)
+    assert {p.read_text() for p in tmp_path.rglob("card.json")} == {"precious"}
+
+
+def test_the_frechet_distance_of_what_is_known():
+    a = np.random.default_rng(0).normal(size=(200, 5))
+    assert frechet(a, a) == pytest.approx(0, abs=1e-9)
+    shift = ((a.mean(0) + 3) ** 2).sum()  # of 2 a + 3: mean 2 m + 3, covariance 4 S
+    assert frechet(a, 2 * a + 3) == pytest.approx(shift + np.trace(np.cov(a, rowvar=False)))
+    dead = np.concatenate([a, np.zeros((200, 2))], 1)
+    assert frechet(dead, 2 * dead + 3) == pytest.approx(frechet(a, 2 * a + 3) + 2 * 9), "features that never fire"
+
+
+def test_features_are_what_the_last_layer_takes():
+    net = checkpoints.build("classifiers", "resnet", checkpoints.Need(data.form(DATASET))).module
+    features, logits = last_features(net, data.load(DATASET).images(slice(0, 4)))
+    *_, last = (layer for layer in net.modules() if isinstance(layer, torch.nn.Linear))
+    assert torch.equal(last(features), logits) and features.shape == (4, last.in_features)
+
+
 LARGE = "cifar10"
 
 
@@ -209,3 +311,28 @@ def test_every_recipe_for_a_gpu_has_a_finite_objective_that_falls(name):
         optimiser.step()
     after = float(module.objectives(batch, tape, **recipe.objective, **aside)[key].detach())
     assert torch.isfinite(torch.tensor([before, after])).all() and after < before
+
+
+@pytest.mark.slow
+def test_every_recipe_for_a_gpu_trains_resumes_and_builds(tmp_path, monkeypatch):
+    """Twenty steps each of the large networks on pairs of images, one from what the other made; nothing is measured."""
+    text = re.sub(r"batch_size = \d+", "batch_size = 2", recipe_book.RECIPES.read_text())
+    (tmp_path / "recipes.toml").write_text(re.sub(r"settle = \d+", "settle = 20", text))
+    monkeypatch.setattr(recipe_book, "RECIPES", tmp_path / "recipes.toml")
+    monkeypatch.setattr(training, "measure", lambda *arguments, **options: {})
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (45, 3, 32, 32), np.uint8))
+    (tmp_path / LARGE).mkdir()
+    for split in ("train", "test"):
+        write(tmp_path / LARGE / f"{split}-0.parquet", pixels, torch.arange(45) % 10)
+    known, source = recipes(LARGE), f"parquet:{tmp_path / LARGE}"
+    for name in ordered(known, known):
+        if known[name].component == "map" and known[name].size.endswith("mixture"):
+            continue  # a mixture of more codes than there are images
+        options = {"epochs": 1} if known[name].epochs else {}
+        if options:
+            folder = train(name, source, tmp_path, limit=40, stop_after=10, **options)
+            left = training.paused(folder)
+            assert left and (left["step"], left["total"]) == (10, 20), name
+        folder = train(name, source, tmp_path, limit=40, **options)
+        built = checkpoints.build(known[name].kind, name, checkpoints.Need(data.form(LARGE), roots=(tmp_path,)))
+        assert all(t.isfinite().all() for t in built.module.state_dict().values() if t.is_floating_point()), name
