@@ -228,7 +228,7 @@ def _fit(
         saved = torch.load(state_file, map_location=device, weights_only=True)
         if saved["total"] != total:
             raise UsageError(f"{state_file} is of a training of {saved['total']} steps, not {total}; delete it")
-        if saved["of"] != of:
+        if saved.get("of") != of:
             raise UsageError(f"{state_file} is of another recipe or other images; delete it, or choose another --out")
         for k, part in stateful.items():
             part.load_state_dict(saved[k])
