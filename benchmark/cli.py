@@ -468,6 +468,27 @@ def _check(arguments: argparse.Namespace) -> int:
     return FAILED if any(c.status == "fail" for found in checks.values() for c in found) else DONE
 
 
+def _verify(arguments: argparse.Namespace) -> int:
+    from benchmark.cell import Settings
+    from benchmark.results import find_runs
+    from benchmark.verify import each
+
+    runs, again = find_runs(arguments.paths), arguments.images > 0
+    settings = Settings(
+        n=max(arguments.images, 1), device=_device(arguments.device), data_dir=arguments.data_dir,
+        weights=arguments.weights, offline=arguments.offline, trust=arguments.trust_checkpoint,
+    )  # fmt: skip
+    found = {}
+    for run, checks in each(runs, settings, dataset=arguments.dataset, again=again):
+        found[run] = checks
+        if not arguments.json:
+            print(run)
+            _print_findings(checks)
+    if arguments.json:
+        print(json.dumps({run: [c._asdict() for c in checks] for run, checks in found.items()}, indent=2))
+    return FAILED if any(c.status == "fail" for checks in found.values() for c in checks) else DONE
+
+
 def _fetch(arguments: argparse.Namespace) -> int:
     from benchmark import checkpoints, data, registry
     from benchmark.fetch import obtain
@@ -601,4 +622,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "status": _status,
     "tables": _tables,
     "train": _train,
+    "verify": _verify,
 }

@@ -112,6 +112,16 @@ def parser() -> argparse.ArgumentParser:
     _files(check)
     check.add_argument("--json", action="store_true", help="one object: specs to their checks")
 
+    verify = _command(commands, "verify", "doubt recorded runs: hold them against their own words, and attack again")
+    verify.add_argument("paths", nargs="+", metavar="FOLDER", help="runs, or folders with runs")
+    verify.add_argument(
+        "--images", type=int, default=32, metavar="N", help="attacked again, from the first; 0: only look (32)"
+    )
+    verify.add_argument("--dataset", metavar="DATASET", help="where it is, of runs on files: parquet:PATH")
+    verify.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
+    _sources(verify)
+    verify.add_argument("--json", action="store_true", help="one object: folders to their checks")
+
     fetch = _command(commands, "fetch", "bring all that a run needs: data, checkpoints")
     fetch.add_argument("specs", nargs="*", metavar="SPEC", help="classifiers, e.g. robustbench:Carmon2019Unlabeled")
     _files(fetch)

@@ -1,0 +1,170 @@
+"""Records doubted: a run held against its own words, and its first images attacked again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmark import config, data, defenses, registry, report, stats
+from benchmark.cell import Cell, Settings
+from benchmark.engine import BLOCK
+from benchmark.errors import RunError, UsageError
+from benchmark.preflight import Check
+from benchmark.results import environment
+
+AGAIN = ("clean", "adv", "select", "random", "distance", "broken_at", "null_wrong", "package_verdict")
+"""What of a record has to come out the same."""
+MACHINE = ("python", "packages", "device", "device_name")
+"""What of the environment bytes may depend on."""
+
+
+def verify(run: dict[str, Any], settings: Settings, *, dataset: str | None = None, again: bool = True) -> list[Check]:
+    """The checks of one run.
+
+    - ``identity``: run.json is what its folder's name is the hash of.
+    - ``records``: one per image, of the numbers of draws that run.json states.
+    - ``adversarial``: the adversarial images, if they are at hand, are in [0, 1] and within eps.
+    - ``defense``: what is at hand by the names in run.json has the same weights, images, options and protocol.
+    - ``labels``: the records' labels are the data set's.
+    - ``attacked-again``: the first ``settings.n`` images give the same records, draw by draw; where the machine or the
+      versions are others, bits may differ, and a warning says in how many.
+    - ``robust-again``: their robust accuracy by the new records doesn't differ from that by the old ones.
+
+    Args:
+        run: as ``results.read_run`` gives it.
+        settings: how many images, on which device, and where data and weights are.
+        dataset: where the data set is, if it came from files.
+        again: attack, or only look.
+    """
+    checks = [_identity(run), _records(run), _adversarial(run)]
+    try:
+        cell = rebuilt(run, settings, dataset)
+    except (UsageError, RunError) as error:
+        advice = "say where things are: --dataset, --weights, --data-dir"
+        return [*checks, Check("defense", "fail", str(error), "can be built here", advice)]
+    checks += [_defense(run, cell), _labels(run, cell.data)]
+    if again and all(check.status != "fail" for check in checks):
+        checks += _again(run, cell)
+    return checks
+
+
+def rebuilt(run: dict[str, Any], settings: Settings, dataset: str | None = None) -> Cell:
+    """The cell that a run's identity describes, of its first images, with its rows, writing to ``settings.out``.
+
+    Raises:
+        UsageError: if something that it names can't be built here.
+    """
+    identity = run["identity"]
+    n = min(settings.n or BLOCK, len(run["records"]))
+    known = dataclasses.replace(
+        settings, n=n, norm=identity["norm"], eps=identity["eps"], view=identity["view"], attacker=identity["attacker"],
+        draws=identity["draws"], seed=identity["seed"], precision=identity["precision"],
+        rows=run["environment"]["rows"], preflight=False, quiet=True,
+    )  # fmt: skip
+    source = known.examples(dataset or identity["dataset"])
+    defense = defenses.load(
+        identity["purifier"], identity["classifier"], source.form, copies=identity["copies"],
+        combine=identity["combine"], norm=identity["norm"], weights=settings.weights, offline=settings.offline,
+        trust=settings.trust,
+    )  # fmt: skip
+    cells = [
+        Cell(defense, source, run["names"]["attack"], dataclasses.replace(known, budget=budget))
+        for budget in config.BUDGETS
+    ]
+    return min(cells, key=lambda cell: len(_differing(run, cell)))
+
+
+def _identity(run: dict[str, Any]) -> Check:
+    digest = hashlib.sha256(json.dumps(run["identity"], sort_keys=True).encode()).hexdigest()[:8]
+    same = str(run["folder"]).endswith(f"-{digest}")
+    advice = "run.json or the folder's name was changed after the run: attack again"
+    return Check("identity", "pass" if same else "fail", digest, "as the folder's name ends", advice)
+
+
+def _records(run: dict[str, Any]) -> Check:
+    identity, records = run["identity"], run["records"]
+    draws = {
+        "clean": identity["draws"],
+        "adv": identity["draws"],
+        "random": identity["draws"],
+        "select": identity["select"],
+    }
+    wrong = [r["id"] for r in records if any(len(r[key]) != count for key, count in draws.items())]
+    found = f"{len(records)} of {run['n']}" + (f", wrong draws in {len(wrong)}" if wrong else "")
+    good = run["complete"] and not wrong and len(records) > 0
+    advice = "continue the run (the same command), or attack again"
+    return Check("records", "pass" if good else "fail", found, f"{run['n']} of {run['n']}", advice)
+
+
+def _adversarial(run: dict[str, Any]) -> Check:
+    path, identity = Path(run["folder"]) / "adversarial.npy", run["identity"]
+    if not path.is_file() or identity["norm"] not in ("Linf", "L2"):
+        return Check("adversarial", "n/a", "not at hand" if not path.is_file() else identity["norm"], "", "")
+    stored, eps = np.load(path, mmap_mode="r"), float(Fraction(identity["eps"]))
+    inside = bool(np.isfinite(stored).all() and stored.min() >= 0 and stored.max() <= 1)
+    farthest = max(r["distance"] for r in run["records"])
+    good = inside and farthest <= eps * (1 + 1e-5)
+    advice = "an attack left its threat model: its number is of another one"
+    return Check("adversarial", "pass" if good else "fail", farthest, f"within {identity['eps']}, in [0, 1]", advice)
+
+
+def _differing(run: dict[str, Any], cell: Cell) -> list[str]:
+    """The fields of the identity that differ from the cell's; options that a component gained since are none."""
+    recorded, here = dict(run["identity"]), dataclasses.asdict(cell.identity)
+    recorded["purifier"] = registry.completed("purifiers", recorded["purifier"])
+    recorded["attack"] = registry.completed("attacks", recorded["attack"])
+    return [key for key in here if key not in ("budget", "dataset") and recorded.get(key) != here[key]]
+
+
+def _defense(run: dict[str, Any], cell: Cell) -> Check:
+    differing = _differing(run, cell)
+    advice = "what is at hand isn't what was attacked: the same weights, files and version of this benchmark are needed"
+    return Check("defense", "fail" if differing else "pass", ", ".join(differing), "nothing differs", advice)
+
+
+def _labels(run: dict[str, Any], images: data.Dataset) -> Check:
+    at_hand = dict(zip(images.ids.tolist(), images.labels.tolist(), strict=True))
+    wrong = [r["id"] for r in run["records"] if r["id"] in at_hand and at_hand[r["id"]] != r["label"]]
+    advice = "the records are of other labels than the data set's: attack again"
+    return Check("labels", "fail" if wrong else "pass", f"{len(wrong)} wrong", "0 wrong", advice)
+
+
+def _again(run: dict[str, Any], cell: Cell) -> list[Check]:
+    """Attack the first images again and hold the records against those of the run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(run["environment"]["threads"])  # sums are split by them
+    try:
+        new = {r["id"]: r for r in cell.result().records}
+    finally:
+        torch.set_num_threads(threads)
+    old = [r for r in run["records"] if r["id"] in new]
+    changed = [r["id"] for r in old if any(r.get(key) != new[r["id"]].get(key) for key in AGAIN)]
+    here = environment(cell.settings.device)
+    moved = [key for key in MACHINE if here[key] != run["environment"].get(key)]
+    status = "pass" if not changed else "warn" if moved else "fail"
+    advice = f"{', '.join(moved)} differ from the run's: bits may" if moved else "the run can't be repeated: ask why"
+    value, wanted = f"{len(changed)} of {len(old)} images differ", f"0 of {len(old)}"
+    checks = [Check("attacked-again", status, value, wanted, advice)]
+    if changed:
+        found = stats.compare(report.shares(list(new.values())), report.shares(old))
+        points = f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}] points, n={len(old)}"
+        apart = found.p < 0.05
+        advice = "the recorded accuracy doesn't come out again"
+        checks.append(Check("robust-again", "fail" if apart else "pass", points, "no difference", advice))
+    return checks
+
+
+def each(runs: Sequence[dict[str, Any]], settings: Settings, **options: Any) -> Iterator[tuple[str, list[Check]]]:
+    """``verify`` of several runs, each with its folder; what is attacked again is written to a temporary one."""
+    with tempfile.TemporaryDirectory() as folder:
+        for run in runs:
+            yield str(run["folder"]), verify(run, dataclasses.replace(settings, out=folder), **options)
