@@ -78,29 +78,34 @@ headline: install
 CIFAR10 ?= cifar10
 EXACT ?= $(CIFAR10)
 VICTIMS ?= resnet18,resnet18-at
-MODELS ?= vae,vqvae,nvae,vae-latent,diffpure,latent,diffusevae
+MODELS ?= vae,vqvae,nvae,vae-latent,latent,diffpure,diffusevae
 TRAIN ?=
 BUDGET ?= quick
 IMAGES ?= 256
-with = $(EXACT)$(if $(findstring :,$(EXACT)),$(comma),:)
 comma := ,
+with = $(EXACT)$(if $(findstring :,$(EXACT)),$(comma),:)
+models = $(subst $(comma), ,$(MODELS))
+victim = $(firstword $(subst $(comma), ,$(VICTIMS)))
 DIALS = vae:temperature={0.0,1.0,2.0,4.0} vqvae:codes={0,32,128} nvae:keep={2,3,4,5} \
 	diffpure:steps=10,t_star={0.05,0.1,0.15,0.2} latent:t_star={0.1,0.2,0.3} diffusevae:t_star={0.1,0.15,0.2,0.3}
+turned = $(filter $(addsuffix :%,$(models)),$(DIALS))
 
 .PHONY: cifar10
 cifar10: SHARED = --weights $(OUT)/weights --budget $(BUDGET) --yes
 cifar10: TESTED = --dataset '$(EXACT)' --n-examples $(IMAGES) --attack pgd,autoattack $(SHARED)
 cifar10: install
 	$(BIN)/python -m benchmark train $(VICTIMS),$(MODELS) --dataset '$(CIFAR10)' --finish '$(EXACT)' --out $(OUT)/weights $(TRAIN)
-	for setting in $(foreach dial,$(DIALS),'$(dial)'); do \
+	for setting in $(foreach dial,$(turned),'$(dial)'); do \
 		$(BIN)/python -m benchmark run --attack identity --draws 3 --dataset '$(with)split=validation' --n-examples 256 \
-			--classifier resnet18 --purifier "$$setting" --out $(OUT)/cifar10-dials $(SHARED) || exit 1; done
+			--classifier $(victim) --purifier "$$setting" --out $(OUT)/cifar10-dials $(SHARED) || exit 1; done
 	for radius in '--norm Linf --eps 8/255' '--norm L2 --eps 0.5'; do \
 		$(BIN)/python -m benchmark run --purifier identity,$(MODELS) --classifier $(VICTIMS) $$radius \
 			--out $(OUT)/cifar10 $(TESTED) || exit 1; \
-		$(BIN)/python -m benchmark run --classifier resnet18 $$radius --out $(OUT)/cifar10-matched $(TESTED) --purifier \
-			"$$($(BIN)/python -m benchmark report $(OUT)/cifar10-dials --match 0.85 --columns purifier)" || exit 1; done
-	$(BIN)/python -m benchmark bench --purifier diffpure --batch-size 256 --out $(OUT)/bench
+		chosen=$$($(BIN)/python -m benchmark report $(OUT)/cifar10-dials --match 0.85 --columns purifier) || exit 1; \
+		$(BIN)/python -m benchmark run --classifier $(victim) $$radius --purifier "$$chosen" \
+			--out $(OUT)/cifar10-matched $(TESTED) || exit 1; done
+	$(BIN)/python -m benchmark bench --purifier $(lastword $(models)) --classifier $(victim) --dataset '$(EXACT)' \
+		--weights $(OUT)/weights --batch-size 256 --out $(OUT)/cifar10-bench
 	$(BIN)/python -m benchmark report $(OUT)/cifar10 $(OUT)/cifar10-matched --figures --out $(OUT)/cifar10-figures
 	$(BIN)/python -m benchmark report $(OUT)/cifar10 --compact
 

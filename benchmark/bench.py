@@ -57,7 +57,10 @@ class Bench:
         repetitions: of each measurement.
     """
 
-    def __init__(self, purifier: str, classifier: str, dataset: str, device: str, rows: int, repetitions: int):
+    def __init__(
+        self, purifier: str, classifier: str, dataset: str, device: str, rows: int, repetitions: int,
+        weights: str | None = None,
+    ):  # fmt: skip
         if rows < 1 or repetitions < 1:
             raise UsageError(f"--batch-size and --repetitions are at least 1, got {rows} and {repetitions}")
         self.purifier, self.classifier, self.rows, self.repetitions = purifier, classifier, rows, repetitions
@@ -65,7 +68,8 @@ class Bench:
         spec = registry.parse(purifier)
         if "steps" in spec.options:
             raise UsageError(f"--purifier {purifier}: bench sets steps itself, to {', '.join(map(str, LENGTHS))}")
-        self.need, self.shelf = checkpoints.Need(data.form(dataset)), checkpoints.Shelf()
+        roots = (Path(weights),) if weights else ()
+        self.need, self.shelf = checkpoints.Need(data.form(dataset), roots=roots), checkpoints.Shelf()
         images = data.load(dataset, max(rows, ATTACKED, 128))
         self.x, self.y = images.images(slice(0, rows)).to(self.device), images.labels[:rows].to(self.device)
         self.images = images

@@ -536,18 +536,22 @@ def _print_findings(found: Sequence[Any]) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from benchmark import data
+    from benchmark import data, registry
     from benchmark.plan import duration
     from benchmark.recipes import ordered, recipes
     from benchmark.train import paused, train
 
     out, device = Path(arguments.out), _device(arguments.device)
     family = data.form(arguments.dataset, data_dir=arguments.data_dir).family
-    known = recipes(family)
-    names = ordered(known, known if arguments.names == "all" else arguments.names.split(","))
+    names = ordered(family, None if arguments.names == "all" else registry.split(arguments.names))
+    known, unfinished = recipes(family), set[str]()
     for name in names:
         if len(names) > 1 and (out / family / name / "card.json").is_file():
             print(f"{out / family / name} stands")
+            continue
+        if waiting := known[name].needs & unfinished:
+            print(f"{name} waits for {', '.join(sorted(waiting))}")
+            unfinished.add(name)
             continue
         folder = train(
             name, arguments.dataset, out, device=device, data_dir=arguments.data_dir, epochs=arguments.epochs,
@@ -555,10 +559,13 @@ def _train(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
         print(folder)
         if left := paused(folder):
+            unfinished.add(name)
             print(
                 f"stopped after {left['step']:,} of {left['total']:,} steps of {left['seconds']:.2g} s: in all about "
-                f"{duration(left['total'] * left['seconds'] / 3600)} on this device; the same command goes on"
+                f"{duration(left['total'] * left['seconds'] / 3600)} on this device"
             )
+    if unfinished:
+        return _complain(f"{', '.join(sorted(unfinished))}: unfinished; the same command continues", INCOMPLETE)
     return DONE
 
 
@@ -572,7 +579,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         return DONE
     measured = bench.Bench(
         arguments.purifier, arguments.classifier, arguments.dataset, _device(arguments.device), arguments.batch_size,
-        arguments.repetitions,
+        arguments.repetitions, arguments.weights,
     ).run(compiled=arguments.compile)  # fmt: skip
     document, text = json.dumps(measured, indent=2) + "\n", bench.render(measured)
     if arguments.out:

@@ -17,7 +17,7 @@ from benchmark.errors import UsageError
 ASSETS = Path(__file__).parent / "assets"
 VALIDATION = 5_000
 """The last this many training images are cut off for choices; nothing shipped was trained on them."""
-CUT = f"the last {VALIDATION:,} training images, or every tenth where files in folders have no split of that name"
+CUT = f"the last {VALIDATION:,} training images, or every tenth of a Parquet folder without a split of that name"
 """Which images are for validation: never trained on."""
 ALL = 1 << 40
 """As ``at_least``: every image that there is."""

@@ -105,6 +105,8 @@ def grid(
             lists.append(_attacks(settings) if kind == "attacks" else checkpoints.names(kind, pool.family, roots))
         else:
             lists.append(list(dict.fromkeys(s for item in registry.expand(text) for s in registry.split(item))))
+        if not lists[-1]:
+            raise UsageError(f"no {kind} are named: --{kind.removesuffix('s')} {text!r}")
     need = checkpoints.Need(pool.form, settings.norm or "Linf", roots, settings.offline, settings.trust)
     for p, c in itertools.product(*lists[:2]):
         defense = _made(settings.shelf, p, c, need, copies, combine)

@@ -133,6 +133,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--classifier", default="resnet", metavar="SPEC", help="(resnet)")
     bench.add_argument("--dataset", default="fashion-mnist", help="a data set's spec (fashion-mnist)")
     bench.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
+    bench.add_argument("--weights", metavar="FOLDER", help="a folder with further cards and checkpoints")
     bench.add_argument("--batch-size", type=int, default=8, metavar="ROWS", help="held against the floors (8)")
     bench.add_argument("--repetitions", type=int, default=2, metavar="N", help="of each measurement (2)")
     bench.add_argument("--compile", action="store_true", help="time compiled networks, too; minutes more")

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from benchmark import registry, report
+from benchmark.errors import UsageError
 
 Number = int | float | Fraction
 UNSHARED = ("purifier", "draws", "select")
@@ -57,7 +58,7 @@ def lines(runs: Iterable[dict[str, Any]]) -> list[Line]:
         shared |= {"ids": sorted(r["id"] for r in records)}
         specs = {"": registry.parse(registry.completed("purifiers", run["identity"]["purifier"]))}
         if len(attacks) == 1:
-            specs["attack "] = registry.parse(run["identity"]["attack"])
+            specs["attack "] = registry.parse(attacks[0])
         else:
             shared["attacks"] = attacks
         row = report.row(run, records)
@@ -67,8 +68,10 @@ def lines(runs: Iterable[dict[str, Any]]) -> list[Line]:
                 replace(s, options={k: v for k, v in s.options.items() if p + k != axis}) for p, s in specs.items()
             ]
             key = json.dumps([axis, rest, *map(str, others)], sort_keys=True)
-            found.setdefault(key, {}).setdefault(value, row)
-            facts[key] = axis, *_names(axis, row)
+            points = found.setdefault(key, {})
+            if value not in points or points[value]["draws"] < row["draws"]:
+                points[value] = row
+            facts[key] = axis, *_names(axis, run["names"], row)
     made = [Line(*facts[key], *zip(*sorted(points.items()), strict=True)) for key, points in found.items()]
     return sorted((line for line in made if len(line.values) > 1), key=lambda line: line[:3])
 
@@ -80,30 +83,41 @@ def _points(runs: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[d
         for run in group:
             parts.setdefault(tuple(sorted(r["id"] for r in run["records"])), []).append(run)
         for part in parts.values():
-            specs = sorted({run["identity"]["attack"] for run in part})
+            specs = sorted({registry.completed("attacks", run["identity"]["attack"]) for run in part})
             for run, records in report.by_attack(part):
-                worst = run["names"]["attack"] == report.WORST
-                yield run, records, specs if worst else [run["identity"]["attack"]]
+                spec = registry.completed("attacks", run["identity"]["attack"])
+                yield run, records, specs if run["names"]["attack"] == report.WORST else [spec]
 
 
 def _numbers(specs: dict[str, registry.Spec], eps: str) -> dict[str, Number]:
-    """What a line could run over: the radius and each numeric option."""
+    """What a line could run over: the radius and each option that is a quantity."""
     numbers: dict[str, Number] = {"eps": Fraction(eps)}
     for prefix, spec in specs.items():
+        kind = "attacks" if prefix else "purifiers"
         for option, value in spec.options.items():
-            if isinstance(value, int | float | Fraction) and not isinstance(value, bool):
-                numbers[prefix + option] = value
+            number = isinstance(value, int | float | Fraction) and not isinstance(value, bool)
+            if number and not (value == 0 and option in _unset_at_zero(kind, spec)):
+                numbers[prefix + option] = value  # type: ignore[assignment]
     return numbers
 
 
-def _names(axis: str, row: dict[str, Any]) -> tuple[str, str]:
+def _unset_at_zero(kind: str, spec: registry.Spec) -> tuple[str, ...]:
+    """Options of a component whose 0 is no quantity; of one that isn't here, none are known."""
+    try:
+        return getattr(registry.described(kind, spec.name, spec.argument), "unset_at_zero", ())
+    except UsageError:
+        return ()
+
+
+def _names(axis: str, names: dict[str, str], row: dict[str, Any]) -> tuple[str, str]:
     """The purifier and the attack of a row, without the number on the axis."""
-    purifier, attack = row["purifier"], row["attack"]
+    purifier, attack = names["purifier"], row["attack"]
+    copies = row["purifier"].removeprefix(purifier)
     if axis.startswith("attack "):
         attack = _without(attack, axis.removeprefix("attack "))
     elif axis != "eps":
         purifier = _without(purifier, axis)
-    return purifier, attack
+    return purifier + copies, attack
 
 
 def _without(text: str, option: str) -> str:

@@ -13,8 +13,11 @@ from benchmark import checkpoints, data
 from benchmark.recipes import Recipe
 from purifiers import Batch, Tape
 
-MEASURED = 10_000
-"""Network evaluations of a purifier that a card's accuracies are measured with."""
+SPLITS = ("validation", "test")
+MOST = 10_000
+"""Images that are measured on, if there are as many, and network evaluations that go into them."""
+FEW = 800
+"""Images that a purifier of many steps is measured on, and that the Fréchet distance is taken of, on every card."""
 VICTIMS = ("resnet", "resnet18")
 """Classifiers of our own, one of them for each data set; the first that has weights looks at purified images."""
 
@@ -22,32 +25,30 @@ VICTIMS = ("resnet", "resnet18")
 def measure(
     module: nn.Module,
     recipe: Recipe,
-    dataset: str,
+    held_out: dict[str, data.Dataset],
     aside: dict[str, Any] | None = None,
     root: Path | None = None,
     *,
-    data_dir: str | None = None,
     limit: int | None = None,
-) -> dict[str, dict[str, float]]:
-    """What trained weights do on validation and test images: the objective and the accuracy, with n.
+) -> dict[str, dict[str, float | None]]:
+    """What trained weights do on images by split: the objective and the accuracy, with n.
 
     Of a purifier the accuracy is that of the first of ``VICTIMS`` which has weights, in ``root`` or shipped, on images
-    purified once; beside it stands the Fréchet distance between its features of the images purified and as they are,
-    where there are more images than features. Purifiers of many steps are measured on the first ``MEASURED`` / NFE
-    images.
+    purified once; beside it stands the Fréchet distance between its features of the first ``FEW`` images purified and
+    as they are: None where there are fewer, or no more than features. Purifiers of many steps are measured on the first
+    ``MOST`` / NFE images, at least ``FEW``.
     """
     module.eval()
     device = next(module.parameters()).device
-    form = data.form(dataset, data_dir=data_dir)
+    form = next(iter(held_out.values())).form
     roots = (root,) if root is not None and root.is_dir() else ()
     name = next((v for v in VICTIMS if v in checkpoints.cards(form.family, roots)), None)
     victim = None
     if recipe.kind == "purifiers" and name:
         victim = checkpoints.build("classifiers", name, checkpoints.Need(form, roots=roots)).module.to(device)
-    measured = {}
-    for split in ("validation", "test"):
-        images = data.load(data.part(dataset, split), 10_000, data_dir=data_dir)  # at hand there may be an excerpt
-        most = min(len(images), max(MEASURED // getattr(module, "nfe", 1), 100))
+    measured: dict[str, dict[str, float | None]] = {}
+    for split, images in held_out.items():
+        most = min(len(images), MOST, max(MOST // getattr(module, "nfe", 1), FEW))
         images = images.first(most if limit is None else min(limit, most))
         sums: dict[str, float] = {}
         features: list[tuple[Tensor, Tensor]] = []
@@ -66,10 +67,12 @@ def measure(
                     values[f"accuracy with {name}"] = float((logits.argmax(1) == batch.y).float().mean())
             for k, v in values.items():
                 sums[k] = sums.get(k, 0.0) + v * len(batch.y)
-        measured[split] = {k: round(v / len(images), 6) for k, v in sums.items()} | {"n": len(images)}
-        if features and len(images) > features[0][0].shape[1]:
-            sides = [torch.cat(side).double().cpu().numpy() for side in zip(*features, strict=True)]
-            measured[split][f"frechet with {name}"] = round(frechet(*sides), 6)
+        found: dict[str, float | None] = {k: round(v / len(images), 6) for k, v in sums.items()}
+        measured[split] = found | {"n": len(images)}
+        if features:
+            sides = [torch.cat(side)[:FEW].double().cpu().numpy() for side in zip(*features, strict=True)]
+            enough = len(sides[0]) == FEW > sides[0].shape[1]
+            measured[split][f"frechet with {name}"] = round(frechet(*sides), 6) if enough else None
     return measured
 
 

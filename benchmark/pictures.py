@@ -123,7 +123,9 @@ def _shards(path: Path, split: str) -> tuple[list[Path], Callable[[int], bool]]:
     if path.is_file() and split == "test":
         return [path], lambda row: True
     if path.is_file():
-        raise UsageError(f"parquet:{path}: a file has no splits; name the file that holds split={split}")
+        raise UsageError(
+            f"parquet:{path}: a file has no splits; name the folder with a file for split={split}, or that file alone"
+        )
     if not path.is_dir():
         raise UsageError(f"parquet:{path}: no such file or folder")
     everything = sorted(path.rglob("*.parquet"))

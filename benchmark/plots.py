@@ -45,12 +45,20 @@ def figures(runs: Iterable[dict[str, Any]], folder: Path, kinds: Sequence[str] =
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    drawn = [(name, draw, rows) for name, draw, rows in _drawn(list(runs)) if name.startswith(tuple(kinds) or "")]
+    wanted = tuple(slug(kind) for kind in kinds if kind)
+    drawable = [(slug(name.replace("/", "-")), draw, rows) for name, draw, rows in _drawn(list(runs))]
+    drawn = [drawing for drawing in drawable if not wanted or drawing[0].startswith(wanted)]
     if not drawn:
-        raise UsageError("no finished run to draw" + (f" as {' or '.join(kinds)}" if kinds else ""))
+        there = f"; there are {', '.join(name for name, _, _ in drawable)}" if drawable else ""
+        raise UsageError("no finished run to draw" + (f" as {' or '.join(kinds)}" if wanted else "") + there)
     folder.mkdir(parents=True, exist_ok=True)
+    met: dict[str, int] = {}
+    written: list[Path] = []
     with plt.rc_context(STYLE):
-        return [path for name, draw, rows in drawn for path in _written(draw(plt), rows, folder, name)]
+        for name, draw, rows in drawn:
+            met[name] = met.get(name, 0) + 1  # what a name leaves out may differ, e.g. precision
+            written += _written(draw(plt), rows, folder, name if met[name] == 1 else f"{name}-{met[name]}")
+    return written
 
 
 Drawing = tuple[str, Callable[[Any], Any], list[dict[str, Any]]]
@@ -69,7 +77,7 @@ def _drawn(runs: list[dict[str, Any]]) -> Iterator[Drawing]:
             title = f"{one['purifier']} + {one['classifier']}, {one['norm']} {one['eps']}, n = {one['n']}"
             view = "" if one["view"] == "exact" else f"-{one['view']}"
             name = f"attacks-{one['dataset']}-{one['purifier']}-{one['classifier']}-{one['norm']}-{one['eps']}{view}"
-            yield f"{name}-n{one['n']}-d{one['draws']}", partial(_attacks, rows, title), rows
+            yield f"{name}-n{one['n']}-d{one['draws']}{_seed(one)}", partial(_attacks, rows, title), rows
     yield from _curves(grids.lines(runs))
 
 
@@ -81,7 +89,8 @@ def _curves(lines: Sequence[grids.Line]) -> Iterator[Drawing]:
         one = line.rows[0]
         threat = [one["dataset"], one["norm"], *([] if line.axis == "eps" else [one["eps"]])]
         title = f"{threat[0]}, {' '.join(threat[1:])}, {line.attack.replace('-', ' ')}, n = {one['n']}"
-        name = "-".join([*threat, line.attack, f"n{one['n']}"])
+        title += f", seed {one['seed']}" if one["seed"] else ""
+        name = "-".join([*threat, line.attack, f"n{one['n']}"]) + _seed(one)
         figures.setdefault((f"{line.axis.replace(' ', '-')}-{name}", title), []).append(line)
         if line.dial:
             planes.setdefault((f"dials-{name}", title), []).append(line)
@@ -90,6 +99,10 @@ def _curves(lines: Sequence[grids.Line]) -> Iterator[Drawing]:
             several = len({line.rows[0]["classifier"] for line in together}) > 1
             labels = [_label(line, several) for line in together]
             yield name, partial(draw, together, labels, title), [row for line in together for row in line.rows]
+
+
+def _seed(row: dict[str, Any]) -> str:
+    return f"-seed{row['seed']}" if row["seed"] else ""
 
 
 def _label(line: grids.Line, with_classifier: bool) -> str:
@@ -108,7 +121,7 @@ def _written(figure: Any, rows: list[dict[str, Any]], folder: Path, name: str) -
     """A figure as PDF and PNG, and the rows that it shows as CSV."""
     from matplotlib import pyplot as plt
 
-    paths = [folder / f"{slug(name.replace('/', '-'))}.{end}" for end in ("pdf", "png", "csv")]
+    paths = [folder / f"{name}.{end}" for end in ("pdf", "png", "csv")]
     figure.savefig(paths[0], metadata={"CreationDate": None})
     figure.savefig(paths[1])
     plt.close(figure)

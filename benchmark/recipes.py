@@ -50,6 +50,10 @@ class Recipe:
     finish: float = 0.1
     """The share of steps, the last ones, on the finishing images, where there are any."""
 
+    def __post_init__(self) -> None:
+        if self.precision not in ("float32", "bf16"):
+            raise ValueError(f"precision must be float32 or bf16, got {self.precision!r}")
+
     @property
     def needs(self) -> set[str]:
         """The cards that have to be there first."""
@@ -70,16 +74,24 @@ def recipes(dataset: str) -> dict[str, Recipe]:
     return {name: Recipe(**whole(section)) for name, section in sections.get(dataset, {}).items()}
 
 
-def ordered(known: dict[str, Recipe], names: Iterable[str]) -> list[str]:
-    """Names of recipes, each behind what it starts from or is judged by, if that is among them.
+def ordered(family: str, names: Iterable[str] | None = None) -> list[str]:
+    """Names of a data set's recipes, each behind what it starts from or is judged by, if that is among them.
+
+    Args:
+        family: the data set.
+        names: which; all by default.
 
     Raises:
-        UsageError: for an unknown name.
+        UsageError: for an unknown name, or if there are no recipes for the data set.
     """
+    known = recipes(family)
+    if not known:
+        raise UsageError(f"there are no recipes for {family}; {RECIPES} has those for fashion-mnist and {LARGER}")
+    names = known if names is None else names
     left, done = list(dict.fromkeys(names)), list[str]()
     for name in left:
         if name not in known:
-            raise UsageError(registry.unknown("recipe", name, sorted(known)))
+            raise UsageError(registry.unknown(f"recipe for {family}", name, sorted(known)))
     while left:
         ready = next(name for name in left if not known[name].needs & set(left))
         left.remove(ready)

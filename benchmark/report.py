@@ -72,7 +72,7 @@ def table(runs: Iterable[dict[str, Any]], *, worst_case: bool = False, rule: str
     runs = [r for r in runs if r["records"]]
     chosen = [(run, run["records"]) for run in runs]
     if worst_case:
-        chosen += [worst_of(group) for group in groups(runs) if len(group) > 1]
+        chosen += [worst_of(group) for group in groups(runs) if len(group) > 1 and common(group)]
     known = [scores(run, records, "adv", rule) for run, records in chosen]
     by_id = [
         {} if one is None else {r["id"]: float(v) for r, v in zip(records, one, strict=True)}
@@ -248,26 +248,34 @@ def groups(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def by_attack(group: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """Each attack of a group as a run and its records, on the images that all have; of several, their worst case last.
 
-    An attack that took several gradients is the worst case over them, under its own name. Empty without a common image.
+    An attack that took several gradients is the worst case over them, under its own name; attacks that one name stands
+    for at several budgets bear those. Empty without a common image.
     """
-    ids = set.intersection(*({r["id"] for r in run["records"]} for run in group))
-    if not ids:
+    if not (ids := common(group)):
         return []
-    attacks: dict[str, list[dict[str, Any]]] = {}
+    attacks: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in group:
         shared = [r for r in run["records"] if r["id"] in ids]
-        attacks.setdefault(run["names"]["attack"], []).append(run | {"records": shared})
+        key = run["names"]["attack"], registry.completed("attacks", run["identity"]["attack"])
+        attacks.setdefault(key, []).append(run | {"records": shared})
     found = []
-    for runs in attacks.values():
+    for (name, _), runs in attacks.items():
         run, records = worst_of(runs) if len(runs) > 1 else (runs[0], runs[0]["records"])
-        found.append((run | {"names": runs[0]["names"]}, records))
+        several = sum(other == name for other, _ in attacks) > 1
+        label = f"{name} ({runs[0]['identity']['budget']})" if several else name
+        found.append((run | {"names": runs[0]["names"] | {"attack": label}}, records))
     return [*found, worst_of(group)] if len(found) > 1 else found
 
 
+def common(group: list[dict[str, Any]]) -> set[int]:
+    """The ids of the images that all runs of a group have."""
+    return set.intersection(*({r["id"] for r in run["records"]} for run in group))
+
+
 def widest(group: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The runs of a group that have the most images: the few of one attack would shorten what all have in common."""
-    most = max(len(run["records"]) for run in group)
-    return [run for run in group if len(run["records"]) == most]
+    """The runs of a group on the most images, and on the same: the few of one attack would shorten what all share."""
+    first = max(group, key=lambda run: len(run["records"]))
+    return [run for run in group if [r["id"] for r in run["records"]] == [r["id"] for r in first["records"]]]
 
 
 def headline(
@@ -292,13 +300,12 @@ def headline(
 
 
 def worst_of(group: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The worst case over the attacks of a group, as a run and its records."""
-    ids = set.intersection(*({r["id"] for r in run["records"]} for run in group))
-    common = sorted(ids)
+    """The worst case over the attacks of a group, as a run and its records, on the images that all have."""
+    ids = common(group)
     # a tie goes to the attack that is stronger on the whole, by select draws
     group = sorted(group, key=lambda run: (_survival_of(run, ids), run["identity"]["attack"]))
     by_id = [{r["id"]: r for r in run["records"]} for run in group]
-    chosen = [min((records[i] for records in by_id), key=_survival) for i in common]
+    chosen = [min((records[i] for records in by_id), key=_survival) for i in sorted(ids)]
     names = group[0]["names"] | {
         "attack": WORST,
         "display": f"worst case of {', '.join(dict.fromkeys(run['names']['display'] for run in group))}",
@@ -318,7 +325,7 @@ def worst_of(group: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str
         "folder": " + ".join(str(run["folder"]) for run in group),
     }
     for cost in ("forwards", "backwards"):
-        merged[cost] = float(sum(np.mean([records[i][cost] for i in common]) for records in by_id))
+        merged[cost] = float(sum(np.mean([records[i][cost] for i in ids]) for records in by_id))
     return merged, chosen
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from benchmark import checkpoints, data, registry
 from benchmark.errors import UsageError
-from benchmark.measure import measure
-from benchmark.recipes import LARGER, Recipe, recipes
+from benchmark.measure import MOST, SPLITS, measure
+from benchmark.recipes import LARGER, Recipe, ordered, recipes
 from purifiers import Batch, Tape
 
 SAVE_EVERY = 60.0
@@ -56,9 +56,9 @@ def train(
             another recipe, length or data set.
     """
     family = data.form(dataset, data_dir=data_dir).family
-    known = recipes(family)
-    if name not in known:
-        raise UsageError(registry.unknown(f"recipe on {family}", name, sorted(known)))
+    (name,), known = ordered(family, [name]), recipes(family)
+    if any(number is not None and number < 1 for number in (epochs, stop_after)):
+        raise UsageError(f"--epochs and --stop-after are at least 1, got {epochs} and {stop_after}")
     recipe = known[name] if epochs is None else Recipe(**asdict(known[name]) | {"epochs": epochs})
     folder = out / family / name
     if (folder / "card.json").exists():
@@ -66,10 +66,8 @@ def train(
             f"{folder}/card.json exists; choose another --out or delete the folder: nothing was overwritten"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    images = _training_images(dataset, limit, data_dir)
-    last = None if finish is None else _training_images(finish, limit, data_dir)
-    if last is not None and last.form != images.form:
-        raise UsageError(f"--finish {finish}: {last.form}, the other images are {images.form}")
+    material = _material(dataset, finish, limit, data_dir)
+    images = material.images
     torch.manual_seed(recipe.seed)
     component = registry.load(recipe.kind, recipe.component)
     classes = (images.classes,) if recipe.kind == "classifiers" else ()
@@ -83,14 +81,15 @@ def train(
         module.train()
     skipped: int | None = 0
     if recipe.epochs:
-        skipped = _fit(module, recipe, images, last, folder / "state.pt", device, aside, stop_after)
+        of = json.dumps([asdict(recipe), material.fingerprints, started, _judge(recipe, family, out)], sort_keys=True)
+        skipped = _fit(module, recipe, material, folder / "state.pt", device, aside, of, stop_after)
     if skipped is None:
         return folder
     # parts that came trained and weren't moved stay where they are
     kept = {k: v for k, v in started.items() if not recipe.epochs or k in getattr(module, "given", ())}
     for part in parts.keys() - kept.keys():
         checkpoints.halve(parts[part])
-    measured = measure(module, recipe, finish or dataset, aside, out, data_dir=data_dir, limit=limit)
+    measured = measure(module, recipe, material.held_out, aside, out, limit=limit)
     files = kept | checkpoints.save(folder, {k: v.cpu() for k, v in parts.items() if k not in kept})
     files = {k: files[k] for k in parts}
     card = {
@@ -107,10 +106,12 @@ def train(
             "validation": f"{data.CUT}, never trained on",
             "sha256": images.fingerprint,
         }
-        | ({} if last is None else {"finish": data.part(last.name), "finishing_images": len(last)}),
+        | material.finishing(recipe),
         "skipped_steps": skipped,
         "measured": measured,
-        "command": f"python -m benchmark train {name} --dataset {dataset}" + (f" --finish {finish}" if finish else ""),
+        "command": f"python -m benchmark train {name} --dataset {dataset}"
+        + (f" --finish {finish}" if finish else "")
+        + (f" --epochs {epochs}" if epochs is not None else ""),
         "torch": torch.__version__.split("+")[0],
     }
     if family != LARGER and name in recipes(LARGER):
@@ -121,17 +122,86 @@ def train(
     return folder
 
 
-def _training_images(dataset: str, limit: int | None, data_dir: str | None) -> data.Dataset:
-    images = data.load(data.part(dataset, "train"), data_dir=data_dir, at_least=data.ALL)
-    return images if limit is None else images.first(min(limit, len(images)))
+class Material(NamedTuple):
+    """The images of a training.
+
+    Attributes:
+        images: those of most steps.
+        last: those of the last steps, if they are others.
+        held_out: by split, what the trained weights are measured on.
+    """
+
+    images: data.Dataset
+    last: data.Dataset | None
+    held_out: dict[str, data.Dataset]
+
+    @property
+    def fingerprints(self) -> list[Any]:
+        """What tells the training images from others."""
+        return [(d.fingerprint, len(d)) for d in (self.images, self.last) if d is not None]
+
+    def finishing(self, recipe: Recipe) -> dict[str, Any]:
+        """What a card says of the last steps; nothing if they are like the others."""
+        steps = _finishing(recipe, self)
+        if self.last is None or not steps:
+            return {}
+        return {"finish": data.part(self.last.name), "finishing_images": len(self.last), "finishing_steps": steps}
+
+
+def _material(dataset: str, finish: str | None, limit: int | None, data_dir: str | None) -> Material:
+    """All images of a training, before its first step: a missing split is no surprise for the last one.
+
+    Raises:
+        UsageError: if images are missing, have two forms, or are both trained on and held out.
+    """
+    shown = []
+    for source in [dataset, *([finish] if finish else [])]:
+        images = data.load(data.part(source, "train"), data.ALL, data_dir=data_dir)
+        shown.append(images if limit is None else images.first(min(limit, len(images))))
+    if len({images.form for images in shown}) > 1:
+        raise UsageError(f"--finish {finish}: {shown[1].form}, the other images are {shown[0].form}")
+    held_out = {split: data.load(data.part(finish or dataset, split), MOST, data_dir=data_dir) for split in SPLITS}
+    known = {pixels.numpy().tobytes() for images in shown for pixels in images.pixels}
+    for split, images in held_out.items():
+        met = sum(pixels.numpy().tobytes() in known for pixels in images.pixels)
+        if met > len(images) / 100:  # a few doubles are in most data sets
+            raise UsageError(
+                f"{met:,} of {len(images):,} images of {split} are among the training images: --dataset and --finish "
+                "cut them off differently; let both read the same files: parquet:FOLDER and parquet:FOLDER,only=exact"
+            )
+    return Material(shown[0], shown[1] if finish else None, held_out)
+
+
+def _steps(recipe: Recipe, images: data.Dataset) -> int:
+    return len(images) // recipe.batch_size * recipe.epochs
+
+
+def _finishing(recipe: Recipe, material: Material) -> int:
+    """How many of the steps, the last ones, see the finishing images."""
+    return 0 if material.last is None else round(recipe.finish * _steps(recipe, material.images))
+
+
+def _judge(recipe: Recipe, family: str, out: Path) -> Any:
+    """What the weights of the judge are, as its card says."""
+    if recipe.judge is None:
+        return None
+    known = checkpoints.cards(family, (out,) if out.is_dir() else ())
+    return checkpoints.read_card(known[recipe.judge])["files"]
 
 
 def paused(folder: Path) -> dict[str, float] | None:
     """Of an unfinished training in ``folder``: its "step", "total" steps and "seconds" per step; None without one."""
     if not (folder / "state.pt").is_file():
         return None
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    state = _state(folder / "state.pt", "cpu")
     return {key: state[key] for key in ("step", "total", "seconds")}
+
+
+def _state(path: Path, device: str) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises what its reader does
+        raise UsageError(f"{path} can't be read ({error}); delete it, and the training begins anew") from error
 
 
 def _start(recipe: Recipe, images: data.Dataset, parts: dict[str, nn.Module], out: Path) -> dict[str, dict[str, str]]:
@@ -193,11 +263,11 @@ def _features(network: nn.Module, x: Tensor) -> list[Tensor]:
 def _fit(
     module: nn.Module,
     recipe: Recipe,
-    images: data.Dataset,
-    last: data.Dataset | None,
+    material: Material,
     state_file: Path,
     device: str,
     aside: dict[str, Any],
+    of: str,
     stop_after: int | None,
 ) -> int | None:
     """Minimise the objectives; leaves the averaged weights in ``module``.
@@ -206,13 +276,12 @@ def _fit(
     """
     from diffusers.training_utils import EMAModel
 
-    per_epoch = len(images) // recipe.batch_size
-    total = per_epoch * recipe.epochs
+    images, last = material.images, material.last
+    total = _steps(recipe, images)
     if not total:
         raise UsageError(f"{len(images):,} training images make no batch of {recipe.batch_size}")
-    until = total if last is None else total - round(recipe.finish * total)
+    until = total - _finishing(recipe, material)
     objective = recipe.objective | aside
-    of = json.dumps([asdict(recipe), images.fingerprint, len(images), last and last.fingerprint], sort_keys=True)
     probe = _batch(images, recipe, 0, total, device)
     keys = list(module.objectives(*probe, **objective))  # type: ignore[operator]
     critics = {k: v for k, v in aside.items() if isinstance(v, nn.Module)}
@@ -225,11 +294,14 @@ def _fit(
     stateful |= {f"optimiser {k}": o for k, o in optimisers.items()} | {f"lr {k}": s for k, s in schedules.items()}
     first = skipped = 0
     if state_file.exists():
-        saved = torch.load(state_file, map_location=device, weights_only=True)
+        saved = _state(state_file, device)
         if saved["total"] != total:
             raise UsageError(f"{state_file} is of a training of {saved['total']} steps, not {total}; delete it")
         if saved.get("of") != of:
-            raise UsageError(f"{state_file} is of another recipe or other images; delete it, or choose another --out")
+            raise UsageError(
+                f"{state_file} is of another recipe, other images or other weights to start from; delete it, or choose "
+                "another --out"
+            )
         for k, part in stateful.items():
             part.load_state_dict(saved[k])
         first, skipped = saved["step"], saved["skipped"]
@@ -258,7 +330,7 @@ def _fit(
             mean[k] += (loss.item() - mean[k]) * max(0.01, 1 / (step - first + 1))
         ema.step(module.parameters())
         progress.set_postfix({k: f"{v:.4g}" for k, v in mean.items()}, refresh=False)
-        if time.monotonic() - last_save > SAVE_EVERY or step + 1 == end < total:
+        if time.monotonic() - last_save > SAVE_EVERY or step + 1 == end:
             saved = {k: part.state_dict() for k, part in stateful.items()}
             seconds = (time.monotonic() - began) / (step + 1 - first)
             saved |= {"step": step + 1, "total": total, "skipped": skipped, "of": of, "seconds": seconds}

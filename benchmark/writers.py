@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from typing import Any
@@ -71,7 +72,8 @@ def compact(runs: Iterable[dict[str, Any]]) -> str:
 
 def _compact(runs: list[dict[str, Any]]) -> str:
     """``compact`` of one threat model."""
-    used = {run["names"]["attack"] for run in runs}
+    grouped = sorted(report.groups(runs), key=_order)
+    used = {run["names"]["attack"] for group in grouped for run, _ in report.by_attack(group)} - {report.WORST}
     attacks = sorted(used, key=lambda a: (_base(a) not in HEADLINE, _base(a) != HEADLINE[0], a))
     sized = any("parameters" in run for run in runs)
     head = [*"purifier classifier norm eps n draws".split(), "clean % [95 %]", *(f"{a} %" for a in attacks)]
@@ -79,9 +81,14 @@ def _compact(runs: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     displays: dict[str, list[str]] = {}
     several = len({run["identity"]["seed"] for run in runs}) > 1
-    for group in sorted(report.groups(runs), key=_order):
+    for group in grouped:
         rows = [report.row(*pair) for pair in report.by_attack(group)]
         if not rows:
+            one = report.row(group[0], group[0]["records"])
+            note = f"{one['purifier']} (no image that all {len(group)} attacks have)"
+            lines.append(
+                f"| {' | '.join([note, one['classifier'], one['norm'], one['eps']])} |" + " – |" * (len(head) - 4)
+            )
             continue
         one, rows_of = rows[-1], {row["attack"]: row for row in rows if row["attack"] != report.WORST}
         for attack, row in rows_of.items():
@@ -123,7 +130,7 @@ def _count(parameters: int | None) -> str:
 
 def _base(attack: str) -> str:
     """The name in an attack's spec."""
-    return attack.split(":")[0]
+    return re.split("[: ]", attack)[0]
 
 
 def _specs(runs: Sequence[dict[str, Any]]) -> list[str]:

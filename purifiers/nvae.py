@@ -62,6 +62,7 @@ class NVAE(Purifier):
     """
 
     dial = "keep"
+    unset_at_zero = ("keep",)
 
     def __init__(self, ladder: Ladder, *, keep: int = 0, rule: str | list = "mean", tau: float = 0.6, rounds: int = 1):
         super().__init__(rounds=rounds)

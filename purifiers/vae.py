@@ -61,6 +61,7 @@ class VAE(Purifier):
     """
 
     dial = "code"
+    unset_at_zero = ("code",)
     surrogates = ("mean",)
     encodes = True
     LIKELIHOODS: ClassVar[tuple[str, ...]] = ("gaussian", "bernoulli")

@@ -63,6 +63,7 @@ class VQVAE(Purifier):
     """
 
     dial = "codes"
+    unset_at_zero = ("codes",)
     surrogates = ("soft", "ste", "bypass")
     encodes = True
     differentiable = False

@@ -12,7 +12,7 @@ import pytest
 
 from benchmark import cli, registry, report
 from benchmark.errors import UsageError
-from benchmark.grids import lines
+from benchmark.grids import UNSHARED, lines
 from benchmark.plots import figures
 from benchmark.results import find_runs
 
@@ -72,13 +72,13 @@ def grid() -> list[dict]:
     return [
         base,
         at("purifier", "t_star", 0.1, draws=17), at("purifier", "t_star", 0.3), at("purifier", "rule", "ode"),
-        at("attack", "steps", 40), at("attack", "steps", 40, view="bpda"), at("attack", "loss", "dlr"),
+        at("attack", "steps", 40), at("attack", "loss", "dlr"),
     ]  # fmt: skip
 
 
 def test_lines_join_what_differs_in_one_number():
     found = {line.axis: line for line in lines(grid())}
-    assert set(found) == {"t_star", "attack steps"}, "a word is no axis, and no line has two views"
+    assert set(found) == {"t_star", "attack steps"}, "a word is no axis"
     dial, attack = found["t_star"], found["attack steps"]
     assert dial.values == (0.1, 0.2, 0.3) and dial.purifier == "diffpure-ddim" and dial.attack == "pgd" and dial.dial
     assert attack.values == (20, 40) and attack.attack == "pgd" and not attack.dial
@@ -87,22 +87,72 @@ def test_lines_join_what_differs_in_one_number():
     ]  # fmt: skip
 
 
+OTHER = {
+    "dataset": "mnist", "fingerprint": "0", "classifier": "resnet-at", "weights": {"purifier.unet": "0"}, "copies": 2,
+    "combine": "vote", "norm": "L2", "eps": "8/255", "view": "bpda", "attacker": "vae", "seed": 7, "precision": "bf16",
+    "protocol": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", OTHER)
+def test_no_line_through_what_differs_in_more_than_its_number(key):
+    base, other, *_ = copy.deepcopy(grid())
+    assert [line.axis for line in lines([base, other])] == ["t_star"]
+    other["identity"][key] = OTHER[key]
+    assert lines([base, other]) == []
+
+
+def test_every_part_of_a_cell_keeps_lines_apart():
+    assert {*OTHER, *UNSHARED} == set(report.CELL)
+
+
 def test_no_line_through_other_images_or_other_attacks():
     base, other, *_ = grid()
-    assert [line.axis for line in lines([base, other])] == ["t_star"]
     fewer = other | {"records": other["records"][:8]}
     assert lines([base, fewer]) == []
-    seeded = copy.deepcopy(other)
-    seeded["identity"]["seed"] = 7
-    assert lines([base, seeded]) == []
     second = copy.deepcopy(base)
     second["identity"]["attack"], second["names"]["attack"] = "apgd:steps=20", "apgd"
     alone = lines([base, second, other])
     assert [(line.attack, len(line.rows)) for line in alone] == [("pgd", 2)], "no worst case of one attack beside two"
 
 
+def test_a_zero_that_means_all_is_no_point_of_a_curve():
+    runs = find_runs([ROOT / "results" / "dials"])
+    found = {(line.axis, line.purifier): line.values for line in lines(runs)}
+    assert {run["names"]["purifier"] for run in runs} >= {"vqvae:codes=0", "vae:temperature=0.0"}
+    assert 0 not in found["codes", "vqvae"] and 0 in found["temperature", "vae"]
+
+
+def test_of_two_runs_at_one_value_the_one_of_more_draws_counts():
+    base, other, *_ = grid()
+    more = copy.deepcopy(other)
+    more["identity"]["draws"] = 18
+    for record in more["records"]:
+        record["adv"] = record["adv"] * 2
+    for order in ([base, other, more], [more, base, other]):
+        (line,) = lines(order)
+        assert line.rows[0]["draws"] == 2 * line.rows[1]["draws"]
+
+
+def test_copies_stand_in_the_label_of_a_line():
+    runs = grid()[:2]
+    for run in runs:
+        run["identity"]["copies"] = 4
+    (line,) = lines(runs)
+    assert line.purifier == "diffpure-ddim × 4 (logits)"
+
+
+def test_figures_of_one_name_are_both_kept(tmp_path):
+    base, other, *_ = grid()
+    wide = copy.deepcopy([base, other])
+    for run in wide:
+        run["identity"]["precision"] = "bf16"
+    written = figures([base, other, *wide], tmp_path, ["t_star", ""])
+    assert len(set(written)) == len(written)
+
+
 def test_a_grid_of_a_dial_makes_its_curve_and_the_plane(tmp_path):
-    written = figures(grid(), tmp_path, ["t_star", "dials", "attack-"])
+    written = figures(grid(), tmp_path, ["t_star", "dials", "attack-steps"])
     threat = "fashion-mnist-linf-16-255-pgd-n64"
     assert names(written) == {f"t-star-{threat}", f"dials-{threat}", f"attack-steps-{threat}"}
     assert list(pd.read_csv(tmp_path / f"dials-{threat}.csv")["purifier"]) == [
@@ -113,7 +163,7 @@ def test_a_grid_of_a_dial_makes_its_curve_and_the_plane(tmp_path):
 def test_nothing_to_draw_is_said(tmp_path, capsys):
     with pytest.raises(UsageError, match="no finished run"):
         figures([], tmp_path)
-    with pytest.raises(UsageError, match="no finished run to draw as dials"):
+    with pytest.raises(UsageError, match="no finished run to draw as dials; there are clean-robust-"):
         figures(find_runs([ROOT / "results" / "headline"]), tmp_path, ["dials"])
     assert cli.main(["report", str(ROOT / "results" / "full"), "--figures", "--out", str(tmp_path / "f")]) == 0
     assert str(tmp_path / "f") in capsys.readouterr().out

@@ -638,7 +638,7 @@ def test_steps_with_a_long_gradient_move_nothing(tmp_path, own_recipes):
     assert dtypes(folder / card["files"]["autoencoder"]["file"]) == {"F16"}
     # the judge's features are part of what is minimised: without them it is less
     plain = recipe_book.Recipe(**card["recipe"] | {"judge": None, "objective": {}})
-    alone = measure(still.train(), plain, DATASET, limit=64)["test"]["objective of autoencoder"]
+    alone = measure(still.train(), plain, {"test": data.load(DATASET)}, limit=64)["test"]["objective of autoencoder"]
     assert card["measured"]["test"]["objective of autoencoder"] > alone + 1
 
 

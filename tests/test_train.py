@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +146,7 @@ def test_a_state_of_another_recipe_is_refused(tmp_path, tiny):
     text = recipe_book.RECIPES.read_text()
     recipe_book.RECIPES.write_text(text.replace("objective = { sigma_x = 0.1,", "objective = { sigma_x = 0.2,"))
     assert recipe_book.RECIPES.read_text() != text
-    with pytest.raises(UsageError, match="of another recipe or other images; delete it"):
+    with pytest.raises(UsageError, match="of another recipe, other images or other weights to start from; delete it"):
         train("vae", DATASET, tmp_path, epochs=1, limit=64)
 
 
@@ -176,17 +177,61 @@ def test_the_last_steps_see_the_finishing_images(tmp_path, tiny, monkeypatch):
         return batch, tape
 
     monkeypatch.setattr(training, "_batch", watching)
-    pixels = data.load(DATASET).first(16)
+    pixels = data.load(DATASET).first(32)
     source = tmp_path / "good" / "fashion-mnist"
     source.mkdir(parents=True)
-    write(source / "train-0.parquet", pixels.pixels, pixels.labels)
-    write(source / "test-0.parquet", pixels.pixels, pixels.labels)
+    write(source / "train-0.parquet", pixels.pixels[:16], pixels.labels[:16])
+    write(source / "test-0.parquet", pixels.pixels[16:], pixels.labels[16:])
     folder = train("vae", DATASET, tmp_path, epochs=5, limit=32, finish=f"parquet:{source}")
     assert [s[:2] for s in seen[1:]] == [(0, 0), (1, 0), (2, 0), (3, 3), (4, 3)]
     assert [s[3].split(":")[0] for s in seen[1:]] == [DATASET] * 3 + ["parquet"] * 2
     card = json.loads((folder / "card.json").read_text())
     assert card["data"]["finish"] == "parquet:fashion-mnist,family=fashion-mnist" and "--finish" in card["command"]
-    assert card["data"]["finishing_images"] == 15 and card["measured"]["validation"]["n"] == 1
+    assert (card["data"]["finishing_images"], card["data"]["finishing_steps"]) == (15, 2)
+    assert card["measured"]["validation"]["n"] == 1 and card["command"].endswith("--epochs 5")
+    for steps in (4, 1):  # the second begins where the last images are already shown
+        train("vae", DATASET, tmp_path / "parts", epochs=5, limit=32, finish=f"parquet:{source}", stop_after=steps)
+    assert weights(tmp_path / "parts" / DATASET / "vae") == weights(folder)
+
+
+@needs_full
+def test_images_that_are_both_trained_on_and_held_out_are_refused(tmp_path):
+    source = tmp_path / "fashion-mnist"
+    source.mkdir()
+    pixels = data.load(data.part(DATASET, "train")).first(40)  # every tenth for validation, which the main set shows
+    write(source / "train-0.parquet", pixels.pixels, pixels.labels)
+    write(source / "test-0.parquet", 255 - pixels.pixels, pixels.labels)
+    with pytest.raises(UsageError, match="4 of 4 images of validation are among the training images"):
+        train("vae", DATASET, tmp_path / "out", finish=f"parquet:{source}")
+
+
+@needs_full
+def test_a_missing_split_is_said_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_fit", lambda *a: pytest.fail("a step was taken"))
+    source = tmp_path / "fashion-mnist"
+    source.mkdir()
+    images = data.load(DATASET).first(16)
+    write(source / "train-0.parquet", images.pixels, images.labels)
+    with pytest.raises(UsageError, match="no file of the split 'test'"):
+        train("vae", DATASET, tmp_path / "out", finish=f"parquet:{source}")
+
+
+@needs_full
+def test_weights_to_start_from_that_were_made_anew_are_another_training(tmp_path, tiny):
+    train("vae", DATASET, tmp_path, epochs=1, limit=32)
+    train("vae-beta4", DATASET, tmp_path, epochs=2, limit=32, stop_after=1)
+    shutil.rmtree(tmp_path / DATASET / "vae")
+    train("vae", DATASET, tmp_path, epochs=2, limit=32)
+    with pytest.raises(UsageError, match="other weights to start from"):
+        train("vae-beta4", DATASET, tmp_path, epochs=2, limit=32)
+
+
+@needs_full
+def test_an_unreadable_state_is_said(tmp_path, tiny):
+    train("vae", DATASET, tmp_path, epochs=2, limit=32, stop_after=1)
+    (tmp_path / DATASET / "vae" / "state.pt").write_bytes(b"torn")
+    with pytest.raises(UsageError, match="state.pt can't be read .*; delete it"):
+        train("vae", DATASET, tmp_path, epochs=2, limit=32)
 
 
 @needs_full
@@ -198,7 +243,7 @@ def test_training_moves_the_objective_down(tmp_path, tiny):
     component = registry.load(recipe.kind, recipe.component)
     torch.manual_seed(recipe.seed)
     fresh = component(*component.parts((1, 28, 28), recipe.size).values(), **recipe.options)
-    before = measure(fresh, recipe, DATASET, limit=256)["test"][key]
+    before = measure(fresh, recipe, {"test": data.load(DATASET)}, limit=256)["test"][key]
     assert after < 0.8 * before
 
 
@@ -246,12 +291,29 @@ def test_trained_weights_defend(tmp_path, tiny):
 def test_recipes_come_behind_what_they_start_from():
     for family in (DATASET, LARGE):
         known = recipes(family)
-        order = ordered(known, reversed(known))
+        order = ordered(family, reversed(known))
         assert sorted(order) == sorted(known)
         for name in order:
             assert known[name].needs <= set(order[: order.index(name)]), name
     with pytest.raises(UsageError, match="did you mean vqvae"):
-        ordered(known, ["vqvaee"])
+        ordered(LARGE, ["vqvaee"])
+    with pytest.raises(UsageError, match="no recipes for svhn"):
+        ordered("svhn")
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--stop-after"])
+def test_numbers_below_one_are_refused(tmp_path, capsys, option):
+    assert cli.main(["train", "vae", option, "0", "--out", str(tmp_path)]) == cli.USAGE
+    assert "are at least 1" in capsys.readouterr().err and not list(tmp_path.rglob("card.json"))
+
+
+@needs_full
+def test_what_starts_from_an_unfinished_training_waits(tmp_path, tiny, capsys):
+    arguments = ["train", "vae-ae,vae", "--stop-after", "1", "--out", str(tmp_path)]
+    assert cli.main(arguments) == cli.INCOMPLETE
+    printed = capsys.readouterr()
+    assert "stopped after 1 of " in printed.out and "vae-ae waits for vae" in printed.out
+    assert "vae, vae-ae: unfinished; the same command continues" in printed.err
 
 
 def test_all_trains_what_has_no_weights_yet(tmp_path, monkeypatch, capsys):
@@ -271,6 +333,13 @@ def test_the_frechet_distance_of_what_is_known():
     assert frechet(a, a) == pytest.approx(0, abs=1e-9)
     shift = ((a.mean(0) + 3) ** 2).sum()  # of 2 a + 3: mean 2 m + 3, covariance 4 S
     assert frechet(a, 2 * a + 3) == pytest.approx(shift + np.trace(np.cov(a, rowvar=False)))
+    turned = np.random.default_rng(1).normal(size=(5, 5))
+    s_a, s_b = np.cov(a, rowvar=False), np.cov(a @ turned, rowvar=False)  # these don't commute
+    values, vectors = np.linalg.eigh(s_a)
+    root = vectors @ np.diag(np.sqrt(values)) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ s_b @ root)).sum()
+    expected = ((a.mean(0) - (a @ turned).mean(0)) ** 2).sum() + np.trace(s_a + s_b) - 2 * cross
+    assert frechet(a, a @ turned) == pytest.approx(expected)
     dead = np.concatenate([a, np.zeros((200, 2))], 1)
     assert frechet(dead, 2 * dead + 3) == pytest.approx(frechet(a, 2 * a + 3) + 2 * 9), "features that never fire"
 
@@ -322,10 +391,10 @@ def test_every_recipe_for_a_gpu_trains_resumes_and_builds(tmp_path, monkeypatch)
     monkeypatch.setattr(training, "measure", lambda *arguments, **options: {})
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (45, 3, 32, 32), np.uint8))
     (tmp_path / LARGE).mkdir()
-    for split in ("train", "test"):
-        write(tmp_path / LARGE / f"{split}-0.parquet", pixels, torch.arange(45) % 10)
+    for split, shown in (("train", pixels), ("test", 255 - pixels)):
+        write(tmp_path / LARGE / f"{split}-0.parquet", shown, torch.arange(45) % 10)
     known, source = recipes(LARGE), f"parquet:{tmp_path / LARGE}"
-    for name in ordered(known, known):
+    for name in ordered(LARGE):
         if known[name].component == "map" and known[name].size.endswith("mixture"):
             continue  # a mixture of more codes than there are images
         options = {"epochs": 1} if known[name].epochs else {}
