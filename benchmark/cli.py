@@ -201,11 +201,20 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
+    from benchmark import report
     from benchmark.results import find_runs
 
     for run in find_runs(arguments.paths):
-        state = "complete" if run["complete"] else "incomplete"
-        print(f"{state} {len(run['records'])}/{run['n']} {run['folder']}")
+        state, accuracy = "complete" if run["complete"] else "incomplete", ""
+        if run["records"]:
+            one = report.row(run, run["records"])
+            low, high = 100 * one["robust_low"], 100 * one["robust_high"]
+            accuracy = f"robust {one['robust']:.1%} [{low:.1f}, {high:.1f}], "
+        identity, names = run["identity"], run["names"]
+        print(
+            f"{state} {len(run['records'])}/{run['n']} {accuracy}{names['purifier']} + {names['classifier']} under "
+            f"{names['display']}, {identity['norm']} {identity['eps']}, seed {identity['seed']}, {run['folder']}"
+        )
     return DONE
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from attacks import PRECISIONS, AttackError, Batcher, Victim
 from attacks._calls import Search
+from benchmark import events, stats
 from benchmark.errors import RunError
 from benchmark.verdict import Judge, Judged
 from purifiers import Tape
@@ -65,8 +67,14 @@ class Engine:
             desc=cell.names["display"], mininterval=0.5 if sys.stderr.isatty() else 20,
         ) as self.bar:  # fmt: skip
             try:
+                self._tell("begin")
                 for positions, judged in self.calls.run(self._searches(), self._capacity()):
                     self._record(positions, judged)
+                    self._tell("progress")
+                self._tell("end")
+            except Incomplete:
+                self._tell("pause")
+                raise
             except KeyboardInterrupt:  # the same command continues where the last whole iterations ended
                 if self.under_way:
                     cell.folder.save_state(list(self.under_way.values()))
@@ -170,5 +178,35 @@ class Engine:
             }
         )  # fmt: skip
         self.noted, self.counted = now, self.calls.count
-        robust = np.mean([np.mean(np.array(r["adv"]) == r["label"]) for r in self.done.values()])
-        self.bar.set_postfix_str(f"robust {robust:.1%} of {len(self.done)}")
+        self.bar.set_postfix_str(said(self._so_far()))
+
+    def _so_far(self) -> dict[str, Any]:
+        """How many images are done, their robust accuracy, and how soon the loop saw draws go wrong."""
+        facts: dict[str, Any] = {"done": len(self.done), "n": self.cell.n}
+        if not self.done:
+            return facts
+        shares = np.array([np.mean(np.array(r["adv"]) == r["label"]) for r in self.done.values()])
+        robust = stats.accuracy(shares, self.cell.draws)
+        facts |= {"robust": robust.mean, "robust_low": robust.low, "robust_high": robust.high}
+        broken = [r["broken_at"] for r in self.done.values() if r["broken_at"] >= 0]
+        if self.cell.watched:
+            facts |= {"broken": len(broken) / len(self.done), "half_by": int(np.median(broken)) if broken else None}
+        return facts
+
+    def _tell(self, event: str) -> None:
+        """Write an event for others to follow."""
+        rate, left = self.bar.format_dict["rate"], self.bar.total - self.bar.n
+        facts = self._so_far() | ({"identity": self.cell.folder.settings["identity"]} if event == "begin" else {})
+        events.tell(
+            Path(self.cell.settings.out), event, run=str(self.cell.folder.folder), **self.cell.names, **facts,
+            seconds=round(time.monotonic() - self.began, 1), eta_seconds=round(left / rate, 1) if rate else None,
+        )  # fmt: skip
+
+
+def said(facts: dict[str, Any]) -> str:
+    """What is known so far, in a line."""
+    low, high = 100 * facts["robust_low"], 100 * facts["robust_high"]
+    line = f"robust {facts['robust']:.1%} [{low:.0f}, {high:.0f}] of {facts['done']}"
+    if not facts.get("broken"):
+        return line
+    return f"{line}, wrong in the loop {facts['broken']:.0%}, half of them by it {facts['half_by']}"

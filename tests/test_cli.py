@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmark import checkpoints, cli, data, grammar, loaders, registry
+from benchmark import checkpoints, cli, data, grammar, loaders, registry, report
 from benchmark.config import BUDGETS
 from benchmark.report import COLUMNS
 from benchmark.results import find_runs
@@ -375,6 +375,18 @@ def test_status(run, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["status", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.startswith("complete 4/4 ")
+
+
+def test_events_say_what_the_records_say(run, tmp_path, capsys):
+    assert run("--stop-after", "0") == cli.INCOMPLETE
+    assert run() == cli.DONE and run() == cli.DONE  # the third has nothing to do, and nothing to say
+    told = [json.loads(line) for line in (tmp_path / "out" / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in told] == ["begin", "pause", "begin", "progress", "end"]
+    assert told[0]["identity"]["seed"] == 0 and told[0]["done"] == 0 and "robust" not in told[0]
+    (row,) = report.rows(find_runs([tmp_path / "out"]))
+    for key in ("robust", "robust_low", "robust_high", "n", "purifier", "classifier", "attack", "display"):
+        assert told[-1][key] == row[key]
+    assert told[-1]["done"] == row["n"] and 1 - told[-1]["broken"] == pytest.approx(row["robust_any_iteration"])
 
 
 @pytest.mark.parametrize("command", ["status", "report"])
