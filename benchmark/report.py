@@ -159,7 +159,7 @@ def comparison(reference: dict[str, Any], others: Iterable[dict[str, Any]]) -> l
         table.append(
             {key: names[key] for key in ("purifier", "classifier", "display")}
             | {key: run["identity"][key] for key in ("norm", "eps")}
-            | {"view": run["identity"]["view"], "n": len(ids), "reference": float(ours.mean())}
+            | {"view": _view(run["identity"]), "n": len(ids), "reference": float(ours.mean())}
             | {"robust": float(theirs.mean())}
             | stats.compare(theirs, ours)._asdict()
             | {"detectable": stats.detectable(theirs, ours, tests=len(others))}
@@ -193,7 +193,7 @@ def row(run: dict[str, Any], records: list[dict[str, Any]], rule: str = "mean") 
         "classifier": names["classifier"],
         "attack": names["attack"],
         "display": names["display"] + "".join(f" [{note}]" for note in notes),
-        "view": identity["view"] if not identity["attacker"] else f"{identity['view']}@{identity['attacker']}",
+        "view": _view(identity),
         "norm": identity["norm"],
         "eps": identity["eps"],
         "budget": identity["budget"],
@@ -215,6 +215,11 @@ def row(run: dict[str, Any], records: list[dict[str, Any]], rule: str = "mean") 
         "grade": None,
         "run": str(run["folder"]),
     }
+
+
+def _view(identity: dict[str, Any]) -> str:
+    """The view, and whom it differentiates if not the defense itself."""
+    return identity["view"] if not identity["attacker"] else f"{identity['view']}@{identity['attacker']}"
 
 
 def viewed(row: dict[str, Any]) -> str:
