@@ -294,6 +294,7 @@ def _replays(arguments: argparse.Namespace, count: int, *, exactly: bool = True)
 
 
 def _diagnose(arguments: argparse.Namespace) -> int:
+    from benchmark import registry
     from benchmark.diagnose import diagnosis, render, saved
 
     files = [Path(path) for path in arguments.paths if path.endswith(".json")]
@@ -303,6 +304,17 @@ def _diagnose(arguments: argparse.Namespace) -> int:
         found = saved(files[0])
     else:
         found = [diagnosis(replayed) for replayed in _replays(arguments, arguments.n_examples, exactly=False)]
+    if arguments.only:
+        names = registry.split(arguments.only)
+        known = [one["purifier"] for one in found]
+        if missing := [name for name in names if name not in known]:
+            raise UsageError(registry.unknown("diagnosed purifier", missing[0], sorted(set(known))))
+        found = [one for name in names for one in found if one["purifier"] == name]
+    if arguments.spectra:
+        from benchmark.spectra import draw
+
+        print("\n".join(map(str, draw(found, Path(arguments.spectra)))))
+        return DONE
     print(
         json.dumps({"runs": found}, indent=2) if arguments.json else render(found), end="\n" if arguments.json else ""
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmark import report
 from benchmark.errors import UsageError
 from benchmark.replay import Replay, codes
+from benchmark.spectra import ratio, spectrum
 
 
 def diagnosis(replayed: Replay) -> dict[str, Any]:
@@ -24,6 +25,8 @@ def diagnosis(replayed: Replay) -> dict[str, Any]:
     - ``passed_ratio``: median of ‖g(x') - g(x)‖ / ‖x' - x‖ under one noise: above 1 an attack is enlarged.
     - ``aligned``: median cosine of g(x') - g(x) with x' - x: near 1 is a leak, near 0 another image altogether.
     - ``codes_used``: exp(entropy) of the codes in use; None without a codebook.
+    - ``kept_by_frequency``, ``passed_by_frequency``: power of g(x) as a share of that of x, and of g(x') - g(x) as a
+      share of that of x' - x, at 1/N … 1/2 cycles per pixel.
     """
     x, g, moved = replayed.x.double(), replayed.unmoved.double(), (replayed.x_adv - replayed.x).double()
     carried = replayed.purified_adv.double() - g
@@ -44,6 +47,8 @@ def diagnosis(replayed: Replay) -> dict[str, Any]:
         "passed_ratio": float((lengths[1] / lengths[0])[attacked].median()) if attacked.any() else None,
         "aligned": float(cosine[attacked].median()) if attacked.any() else None,
         "codes_used": None if used is None else _perplexity(used),
+        "kept_by_frequency": ratio(spectrum(g), spectrum(x)),
+        "passed_by_frequency": ratio(spectrum(carried), spectrum(moved)),
         "run": str(replayed.run["folder"]),
     }
 

@@ -90,6 +90,12 @@ def parser() -> argparse.ArgumentParser:
     diagnose.add_argument("--weights", metavar="FOLDER", help="a folder with further cards")
     diagnose.add_argument("--data-dir", metavar="FOLDER", help="where data sets lie")
     diagnose.add_argument("--json", action="store_true", help="one object: a list under runs")
+    diagnose.add_argument("--only", metavar="SPECS", help="these purifiers, in this order; all by default")
+    diagnose.add_argument(
+        "--spectra",
+        metavar="FILE",
+        help="draw what is kept and let through by frequency (FILE.png, .pdf, .csv), no table",
+    )
 
     purify = _command(commands, "purify", "clean an image file")
     purify.add_argument("image", type=Path, metavar="IMAGE", help="any format that Pillow reads")

@@ -175,7 +175,8 @@ def _attacks(rows: list[dict[str, Any]], title: str, plt: Any) -> Any:
     return figure
 
 
-def _style(number: int) -> dict[str, Any]:
+def line_style(number: int) -> dict[str, Any]:
+    """Colour, marker and dashes of the line of this number."""
     return {
         "color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 5,
         "linewidth": 1.2, "linestyle": ("-", "--", ":")[number // len(COLOURS) % 3],
@@ -187,7 +188,7 @@ def _over(lines: list[grids.Line], labels: list[str], title: str, plt: Any) -> A
     figure, axes = plt.subplots(figsize=(4.4, 3.2))
     ticks = {float(v): r["eps"] if line.axis == "eps" else f"{float(v):g}" for line in lines for v, r in line.points}
     for number, line in enumerate(lines):
-        values, rows, style = [float(v) for v in line.values], list(line.rows), _style(number)
+        values, rows, style = [float(v) for v in line.values], list(line.rows), line_style(number)
         errors = {"yerr": _errors(rows, "robust"), "capsize": 2, "elinewidth": 0.8}
         axes.errorbar(values, [100 * r["robust"] for r in rows], label=labels[number], **errors, **style)
         if line.dial:
@@ -205,7 +206,7 @@ def _plane(lines: list[grids.Line], labels: list[str], title: str, plt: Any) -> 
     figure, axes = plt.subplots(figsize=(5.4, 4.4))
     for number, line in enumerate(lines):
         clean, robust = ([100 * row[key] for row in line.rows] for key in ("clean", "robust"))
-        axes.plot(clean, robust, label=f"{labels[number]}: {line.axis}", **_style(number))
+        axes.plot(clean, robust, label=f"{labels[number]}: {line.axis}", **line_style(number))
         for k in (0, -1):
             text, style = f"{float(line.values[k]):g}", {"fontsize": 6, "color": COLOURS[number % len(COLOURS)]}
             axes.annotate(text, (clean[k], robust[k]), xytext=(3, 3), textcoords="offset points", **style)

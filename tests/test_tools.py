@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +22,7 @@ from benchmark.measure import measure
 from benchmark.recipes import recipes
 from benchmark.replay import replay
 from benchmark.results import find_runs
+from benchmark.spectra import draw, spectrum
 from benchmark.train import train
 from purifiers import Tape
 from tests.test_train import needs_full
@@ -243,6 +245,36 @@ def test_doing_nothing_loses_nothing_and_stops_nothing(diagnosed):
     assert found["moved"] == 0 and found["n"] == 3
     ratios = ("fine_kept_ratio", "variety_ratio", "passed_ratio", "aligned")
     assert [found[key] for key in ratios] == pytest.approx([1, 1, 1, 1], abs=1e-9)
+
+
+def test_spectra_hold_all_power_and_know_a_frequency():
+    x = torch.rand(3, 1, 28, 28, dtype=torch.float64)
+    rings = spectrum(x)
+    assert (
+        rings.shape == (14,) and torch.allclose(spectrum(2 * x), 4 * rings) and torch.allclose(spectrum(x + 1), rings)
+    )
+    wave = torch.sin(2 * torch.pi * 5 / 28 * torch.arange(28, dtype=torch.float64)).expand(1, 1, 28, 28)
+    shares = spectrum(wave) / (wave.square().sum() * 28 * 28)  # Parseval
+    assert shares[4] == pytest.approx(1) and shares.sum() == pytest.approx(1)
+
+
+def test_a_blur_passes_low_frequencies_and_doing_nothing_passes_all(diagnosed, tmp_path):
+    still, blurred = diagnosed["identity"], diagnosed["blur:sigma=2"]
+    assert still["kept_by_frequency"] == still["passed_by_frequency"] == [1.0] * 14
+    for key in ("kept_by_frequency", "passed_by_frequency"):
+        assert blurred[key][0] > 0.5 and blurred[key][-1] < 0.05
+    drawn = draw([still, blurred], tmp_path / "spectra.png")
+    table = pd.read_csv(tmp_path / "spectra.csv")
+    assert {p.suffix for p in drawn} == {".pdf", ".png", ".csv"} and all(p.stat().st_size > 500 for p in drawn)
+    assert list(table.loc[table["purifier"] == "blur:sigma=2", "kept"]) == blurred["kept_by_frequency"]
+    saved = tmp_path / "saved.json"
+    saved.write_text(json.dumps({"runs": [still, blurred]}))
+    command = ["diagnose", str(saved), "--spectra", str(tmp_path / "one.png")]
+    assert cli.main([*command, "--only", "blur:sigma=2"]) == cli.DONE
+    assert set(pd.read_csv(tmp_path / "one.csv")["purifier"]) == {"blur:sigma=2"}
+    assert cli.main([*command, "--only", "blurr"]) == cli.USAGE
+    with pytest.raises(UsageError, match="diagnose the runs again"):
+        draw([{"purifier": "old"}], tmp_path / "old.png")
 
 
 def test_a_heavy_blur_loses_what_is_fine(diagnosed):
