@@ -143,6 +143,14 @@ def build(kind: str, text: str | Spec, need: Need) -> Component:
         raise UsageError(registry.unknown(kind[:-1], spec.name, names(kind, family, need.roots)))
     component = registry.load(kind, card.get("component", spec.name), spec.argument)
     options = registry.resolve(component, spec, card.get("options"))
+    trained = registry.resolve(component, Spec(spec.name), card.get("options")) if card else options
+    for option in getattr(component, "as_trained", ()):
+        if options[option] != trained[option]:
+            others = [n for n in cards(family, need.roots) if n.startswith(card["component"])]
+            raise UsageError(
+                f"{spec}: its network was trained with {option}={registry.show(trained[option])}; for another value "
+                f"take the card of one that was trained with that: {', '.join(sorted(others))}"
+            )
     sizes = (shape, card.get("size", "tiny")) + ((classes,) if kind == "classifiers" else ())
     fresh: dict[str, nn.Module] = component.parts(*sizes) if hasattr(component, "parts") else {}
     hashes = registry.source(spec)

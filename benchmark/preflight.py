@@ -194,8 +194,8 @@ def _gradient_checks(defense: Defense, view: View, x: Tensor, y: Tensor, tape: T
         _check(
             "zero-gradients", zero < 1 and pixels <= 0.5, f"{zero:.0%} of images, {pixels:.0%} of pixels in all images",
             "not all images, at most half of the pixels",
-            "no gradient reaches the input: rounding, argmax or no_grad inside the defense; a CE attack means nothing; "
-            "attack with --view surrogate:gradient=NAME or bpda",
+            "no gradient reaches the input: rounding, argmax or no_grad inside the defense, or options by which it "
+            "never looks at the image; a CE attack means nothing; attack with --view surrogate:gradient=NAME or bpda",
         )
     ]  # fmt: skip
     if not isinstance(view, Exact):

@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import itertools
+import math
 import pkgutil
 import re
 import sys
@@ -255,6 +256,8 @@ def _hint(component: Callable, parameter: inspect.Parameter) -> Any:
 
 def _typed(value: Value, hint: Any, what: str) -> Any:
     """``value`` as the declared type, where that loses nothing."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{what} takes a finite number, got {value}")
     kinds = typing.get_args(hint) or (hint,)
     if hint is object or any(
         isinstance(value, k) and not (k is int and isinstance(value, bool)) for k in kinds if isinstance(k, type)

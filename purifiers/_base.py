@@ -80,6 +80,8 @@ class Purifier(nn.Module):
     """Whether ``start`` encodes: its state is a code, and an attack may aim at the encoder alone."""
     dial: ClassVar[str | None] = None
     """The option that sets the strength, for comparisons at matched clean accuracy."""
+    as_trained: ClassVar[tuple[str, ...]] = ()
+    """Options that say how the networks were trained: with those of a card no other value makes sense."""
     unset_at_zero: ClassVar[tuple[str, ...]] = ()
     """Options that are a quantity but at 0, where the purifier chooses, or takes all there is: no point of a curve."""
     given: ClassVar[tuple[str, ...]] = ()

@@ -112,12 +112,18 @@ class Denoiser:
         images: how many images of z's channels the net takes: 2 if a condition stands beside z.
 
     Raises:
-        ValueError: if ``labels`` is neither.
+        ValueError: if ``labels`` is neither, or the net takes another number of images.
     """
 
     def __init__(self, net: nn.Module, schedule: VP, labels: str = "index", images: int = 1):
         if labels not in ("index", "continuous"):
             raise ValueError(f'labels must be "index" or "continuous", got {labels!r}')
+        config = getattr(net, "config", None)
+        takes, gives = (getattr(config, f"{side}_channels", None) for side in ("in", "out"))
+        if takes and gives and gives * images not in (takes, 2 * takes):  # twice as many with a learned variance
+            raise ValueError(
+                f"the network takes {takes} channels, which aren't {images} image(s) of the {gives} it gives"
+            )
         self.net, self.schedule, self.labels, self.images = net, schedule, labels, images
         self.beside: Tensor | None = None
         self.shifts = False

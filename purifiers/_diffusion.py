@@ -39,15 +39,16 @@ class Diffusion(Purifier):
 
     A subclass says how images enter and leave, and what the denoiser knows at a step (``denoising``). The input is
     noised with the alpha_bar of index round(1000 t_star) - 1, and the first reverse step undoes that index. ``sde``
-    integrates the continuous reverse SDE to t = 1e-5 as DiffPure does, which leaves a little noise; its input is noised
-    with the discrete alpha_bar even if the net is one of continuous time. ``eta`` ends in the predicted clean image and
-    needs few steps; ``ode`` is the probability flow.
+    integrates the continuous reverse SDE to t = 1e-5 as DiffPure does and leaves the noise of its last step, of
+    deviation sqrt(beta(t) dt): little at hundreds of steps, 0.3 on [-1, 1] at three; its input is noised with the
+    discrete alpha_bar even if the net is one of continuous time. ``eta`` ends in the predicted clean image and needs
+    few steps; ``ode`` is the probability flow. No rule clamps a predicted clean image, as samplers of DDPM often do.
 
     Args:
         unet: predicts the noise; a diffusers UNet2DModel, on pixels or on patches.
         images: as ``Denoiser``: how many it takes.
-        t_star: time in [0, 1] to which the input is diffused, 0 for not at all; or a list of times in (0, 1], each
-            diffused to and undone in turn.
+        t_star: time in [0, 1] to which the input is diffused, 0 for not at all, so that it only enters and leaves; or a
+            list of times in (0, 1], each diffused to and undone in turn.
         steps: reverse steps from each time; t_star · 1000 of them is a dt of 1e-3.
         rule: "sde" (Euler-Maruyama), "ode" or "eta".
         eta: with rule "eta": 0 is DDIM, 1 DDPM's ancestral sampling.
@@ -96,6 +97,7 @@ class Diffusion(Purifier):
         if not stars:
             raise ValueError("t_star is an empty list; give a time, or 0 for none")
         self.chains = [] if stars == [0.0] else [self.schedule.times(t, steps) for t in stars]
+        self.stochastic = bool(self.chains)
         for t in stars if spread else []:
             if spread < 0 or not 0 < t - spread < t + spread <= 1:
                 raise ValueError(f"spread must lead to times in (0, 1], got t_star={t} and spread={spread}")

@@ -25,7 +25,7 @@ def eta_rule(denoiser: Denoiser, z: Tensor, t: Time, t_next: Time, k: int, noise
 
     With a = alpha_bar(t), a' = alpha_bar(t_next) and n the predicted noise: x0 = (z - sqrt(1 - a) n) / sqrt(a),
     s = eta sqrt((1 - a') / (1 - a) (1 - a / a')), z' = sqrt(a') x0 + sqrt(1 - a' - s²) n + s ξ. The last step, to
-    a' = 1, returns x0.
+    a' = 1, returns x0. x0 isn't clamped to [-1, 1] on the way, so that no gradient ends there.
 
     Reference: Song et al. 2021 (arXiv 2010.02502), eq. 12 and 16.
     """

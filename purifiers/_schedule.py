@@ -67,8 +67,10 @@ class VP:
             ValueError: if t_star isn't in (0, 1] or there are more steps than indices.
         """
         if not 0 < t_star <= 1:
-            raise ValueError(f"t_star must lie in (0, 1], got {t_star}")
+            raise ValueError(f"t_star must lie in (0, 1], or be 0 for no diffusion, got {t_star}")
         first = self.index(t_star) + 1
+        if first < 1:
+            raise ValueError(f"t_star={t_star} lies below the first of {self.n} noise levels, {1 / self.n}")
         if not 1 <= steps <= first:
             raise ValueError(f"steps must lie between 1 and t_star · {self.n} = {first}, got {steps}")
         indices = [round(first * (steps - k) / steps) - 1 for k in range(steps)]

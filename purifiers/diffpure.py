@@ -20,9 +20,11 @@ class DiffPure(Diffusion):
     Images of another size than the net's are resized to it and, purified, back, inside the gradient. By options it is
     each of the published variants:
 
-    - the paper's SDE: rule=sde; its ODE: rule=ode; with a random t_star: spread=0.015;
+    - the paper's SDE: rule=sde,steps=100 at its t_star of 0.1, dt = 1e-3; its ODE: rule=ode; with a random t_star:
+      spread=0.015;
     - DDPM's ancestral sampling: rule=eta; DDIM: rule=eta,eta=0;
-    - gradual noise of Lee and Kim 2023 (arXiv 2303.09051): t_star=0.03+0.05+0.125;
+    - gradual noise of Lee and Kim 2023 (arXiv 2303.09051): t_star=0.03+0.03+0.03+0.03+0.05+0.05+0.125+0.125, of which
+      they visit every index; steps here are equally many in each chain;
     - the one step of Carlini et al. 2023 (arXiv 2206.10550), denoised smoothing: rule=eta,steps=1.
 
     Args:

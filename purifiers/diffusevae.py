@@ -54,19 +54,20 @@ class DiffuseVAE(Diffusion):
         embed: takes the code of stage 1 to the embedding of the time, where the network was trained with it.
         t_star, steps, rule, eta, labels: as ``Diffusion``.
         formulation: as the network was trained.
-        begin: what is diffused: "input", "reconstruction", or "noise": nothing, for t_star=1.
+        begin: what is diffused: "input", "reconstruction", or "noise": nothing, with t_star=1.
         condition: 1 for the condition as trained; more exaggerates it, 0 leaves it off.
         structure: "none", "lowpass" or "guidance".
-        strength: of the structure: the share of the coarse part that is replaced; guidance has the weight
-            w = strength · sigma / sqrt(alpha_bar).
+        strength: of the structure: the weight in [0, 1] of the low-passed difference that is added, 1 for all that the
+            filter passes; guidance has the weight w = strength · sigma / sqrt(alpha_bar).
         factor: width in pixels of what counts as coarse.
         temperature: of stage 1's draws; 0 takes means. Of a ladder it is that of the groups drawn from the prior; the
             others are drawn at temperature 1.
-        rounds: repetitions of the whole.
+        rounds: repetitions of the whole; the gradients of the branches then leave out paths that cross.
 
     Raises:
         ValueError: as ``Diffusion``; for an unknown formulation, begin or structure, a condition on a network without,
-            a negative strength, temperature or condition, guidance that overshoots, or if x̂ takes no part.
+            a negative strength, temperature or condition, a strength or factor without a structure, a strength that
+            overshoots, noise to begin with at another t_star than 1, or options by which x̂ never takes part.
 
     Reference: Pandey et al. 2022 (arXiv 2201.00308), sections 3.2 and 3.3; start from a reconstruction: Yue and Loy
     2022 (arXiv 2212.06512); low-pass replacement: Choi et al. 2021 (arXiv 2108.02938).
@@ -75,6 +76,7 @@ class DiffuseVAE(Diffusion):
     surrogates = ("image", "structure")
     passes = 1
     given = ("stage1",)
+    as_trained = ("formulation",)
     FORMULATIONS: ClassVar[tuple[int, ...]] = (0, 1, 2)
 
     def __init__(
@@ -109,6 +111,10 @@ class DiffuseVAE(Diffusion):
                 raise ValueError(f"{name} must not be negative, got {number}")
         if factor < 1:
             raise ValueError(f"factor must be at least 1, got {factor}")
+        if structure == "lowpass" and strength > 1:
+            raise ValueError(f"strength={strength} overshoots: structure=lowpass replaces a share, at most 1")
+        if structure == "none" and (strength, factor) != (1.0, 4):
+            raise ValueError("strength and factor are of a structure: give structure=lowpass or structure=guidance")
         if condition != 1 and not formulation and embed is None:
             raise ValueError(f"condition={condition} asks for a network with a condition; formulation 0 has none")
         images = 2 if formulation else 1
@@ -117,8 +123,12 @@ class DiffuseVAE(Diffusion):
         conditioned = bool(formulation or embed is not None)
         if not (conditioned or structure != "none" or begin == "reconstruction"):
             raise ValueError("nothing here looks at the reconstruction: give a formulation, structure or begin")
-        if begin == "noise" and not self.chains:
-            raise ValueError("t_star=0 leaves nothing of the image: begin=noise needs t_star=1")
+        if begin == "noise" and (t_star[0] if isinstance(t_star, list) else t_star) != 1:
+            raise ValueError(
+                f"begin=noise needs t_star=1, got {t_star}: a chain that begins later begins with an image"
+            )
+        if not self.chains:
+            self.stochastic = begin == "reconstruction" and temperature > 0
         follows = self.chains and ((conditioned and condition > 0) or structure != "none")
         if begin != "input" or not follows:
             self.surrogates = ()  # type: ignore[misc, assignment]  # x comes in by one branch alone

@@ -22,7 +22,8 @@ class GDMP(DiffPure):
 
     Args:
         unet: as DiffPure.
-        t_star: as DiffPure; the published CIFAR-10 setting is four rounds of 36 steps, each guided by the first input.
+        t_star: as DiffPure; the published CIFAR-10 setting is four rounds of 36 steps, each guided by the first input
+            (and with clamped predictions and the larger variance beta_t, where eta=1 has the posterior's).
         steps: as DiffPure, from each time.
         rule, eta, labels, rounds: as DiffPure.
         strength: of the pull; 18.7 is published: 2 · 60,000 · 3 / (16/255), over the 307,200 numbers in a batch.

@@ -33,7 +33,7 @@ class Langevin(DiffPure):
 
     Raises:
         ValueError: if t_star isn't in (0, 1], ``steps`` is below 1, ``rate`` or ``anchor`` isn't positive, ``eta`` is
-            negative, or a step is so long that it overshoots the anchor.
+            negative, or a step is so long that it overshoots the anchor or the score.
 
     Reference: Nie et al. 2022 (arXiv 2205.07460), appendix C.
     """
@@ -60,11 +60,14 @@ class Langevin(DiffPure):
             raise ValueError(f"rate and anchor must be positive, got {rate} and {anchor}")
         if eta < 0:
             raise ValueError(f"eta must not be negative, got {eta}")
-        if rate > 2 * anchor**2:
-            raise ValueError(
-                f"rate={rate} overshoots anchor={anchor}: it must be at most 2 anchor² = {2 * anchor**2:.3g}"
-            )
         super().__init__(unet, t_star=t_star, steps=1, labels=labels, rounds=rounds)
+        # the drift's slope: the anchor's, and at most that of a score that sees nothing but noise
+        most = 2 / (1 / anchor**2 + 1 / (1 - self.denoiser.alpha_bar(t_star)))
+        if rate > most:
+            raise ValueError(
+                f"rate={rate} overshoots at anchor={anchor} and t_star={t_star}: it must be at most {most:.3g}; "
+                "a larger t_star or anchor bears more"
+            )
         self.chains, self.steps, self.per_chain = [[t_star] * steps], steps, steps
         self.rule = partial(_sampler.langevin, rate=rate, eta=eta)
         self.anchor, self.stochastic = anchor, eta > 0

@@ -72,7 +72,7 @@ VARIANTS: dict[str, list[dict]] = {
         {"formulation": 2},
         {"parts": "tiny-z"},
         {"parts": "tiny-nvae"},
-        {"begin": "noise", "t_star": 0.3},
+        {"begin": "noise", "t_star": 1.0},
         {"condition": 2.0},
         {"temperature": 1.0},
         {"temperature": 0.5, "parts": "tiny-nvae"},

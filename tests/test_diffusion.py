@@ -344,7 +344,7 @@ def test_a_decoder_without_its_code_draws_from_nothing(make):
 
 def test_a_chain_from_noise_sees_the_image_through_stage_1_alone(make):
     """Two images with one reconstruction are purified alike."""
-    purifier = make(("diffusevae", {"begin": "noise", "t_star": 0.3}))
+    purifier = make(("diffusevae", {"begin": "noise", "t_star": 1.0}))
     x_hat, code = purifier._seen(images(B), tape(), 0.0)
     purifier._seen = lambda x, noise, temperature: (x_hat, code)
     assert close(purifier(images(B), tape()), purifier(images(B).flip(0), tape()))
@@ -553,8 +553,10 @@ def test_the_levels_of_a_schedule_are_exact_indices():
         (
             Langevin,
             {"rate": 0.05, "anchor": 0.1},
-            r"rate=0.05 overshoots anchor=0.1: it must be at most 2 anchor² = 0.02",
+            "rate=0.05 overshoots at anchor=0.1 and t_star=0.01: it must be at most",
         ),
+        (Langevin, {"rate": 0.1, "anchor": 9.0, "t_star": 0.03}, "a larger t_star or anchor bears more"),
+        (DiffPure, {"t_star": 1e-4}, "lies below the first of 1000 noise levels"),
         (DiffPure, {"t_star": []}, "t_star is an empty list"),
     ],
 )
@@ -574,13 +576,20 @@ def test_options_out_of_range_are_errors(family, options, message):
         ({"factor": 0}, "factor must be at least 1"),
         ({"formulation": 0}, "nothing here looks at the reconstruction"),
         ({"begin": "noise", "t_star": 0.0}, "begin=noise needs t_star=1"),
+        ({"begin": "noise", "t_star": 0.25}, "begin=noise needs t_star=1, got 0.25"),
+        ({"begin": "noise", "t_star": [0.25, 1.0]}, "begin=noise needs t_star=1"),
+        ({"strength": 5.0}, "give structure=lowpass or structure=guidance"),
+        ({"factor": 2}, "give structure=lowpass or structure=guidance"),
+        ({"formulation": 0, "structure": "lowpass", "strength": 1.5}, "replaces a share, at most 1"),
         ({"formulation": 0, "structure": "guidance", "strength": 99.0, "steps": 2}, "strength=99.0 overshoots"),
         ({"formulation": 0, "condition": 2.0}, "asks for a network with a condition; formulation 0 has none"),
     ],
 )
 def test_structure_that_makes_no_sense_is_an_error(options, message):
     with pytest.raises(ValueError, match=message):
-        DiffuseVAE(*DiffuseVAE.parts(SHAPE).values(), **options)
+        DiffuseVAE(
+            *DiffuseVAE.parts(SHAPE, "tiny" if options.get("formulation", 1) else "tiny-free").values(), **options
+        )
 
 
 @pytest.mark.parametrize(
@@ -595,11 +604,10 @@ def test_a_decoder_refuses_what_makes_no_sense(options, message):
 @pytest.mark.parametrize("size, formulation", [("tiny-free", 1), ("tiny", 0)])
 def test_a_network_trained_otherwise_is_named(size, formulation):
     """A condition for a network that takes none, or none for one that does: an error that says so."""
-    purifier = DiffuseVAE(
-        *DiffuseVAE.parts(SHAPE, size).values(), formulation=formulation, begin="reconstruction", steps=2
-    )
-    with pytest.raises(ValueError, match="was it trained with a condition, or without"):
-        purifier(images(B, dtype=torch.float32), tape())
+    parts = DiffuseVAE.parts(SHAPE, size).values()
+    with pytest.raises(ValueError, match=r"the network takes \d channels, which aren't \d image"):
+        purifier = DiffuseVAE(*parts, formulation=formulation, begin="reconstruction", steps=2)
+        purifier(images(B, dtype=torch.float32), tape())  # without a condition it could be a learned variance
 
 
 @pytest.mark.parametrize(
@@ -607,13 +615,30 @@ def test_a_network_trained_otherwise_is_named(size, formulation):
     [
         {"parts": "tiny-free", "formulation": 0, "begin": "reconstruction"},
         {"condition": 0.0},
-        {"begin": "noise"},
+        {"begin": "noise", "t_star": 1.0},
         {"t_star": 0.0},
     ],
     ids=str,
 )
 def test_where_one_branch_is_all_there_is_no_branch_to_choose(case, make):
     assert make(("diffusevae", case)).surrogates == ()
+
+
+@pytest.mark.parametrize(
+    "name, options, draws",
+    [
+        ("diffpure", {}, False),
+        ("latent", {}, False),
+        ("diffusevae", {}, False),
+        ("diffusevae", {"begin": "reconstruction"}, False),
+        ("diffusevae", {"begin": "reconstruction", "temperature": 1.0}, True),
+    ],
+    ids=str,
+)
+def test_without_diffusion_there_is_noise_only_in_stage_1(name, options, draws, make):
+    purifier = make((name, options | {"t_star": 0.0}))
+    first, second = (purifier(images(B), tape(role=role)) for role in ("clean", "verdict"))
+    assert purifier.stochastic is draws is (not torch.equal(first, second))
 
 
 def test_t_star_0_from_the_reconstruction_is_the_reconstruction(make):
