@@ -72,7 +72,7 @@ VARIANTS: dict[str, list[dict]] = {
         {"formulation": 2},
         {"parts": "tiny-z"},
         {"parts": "tiny-nvae"},
-        {"begin": "noise", "t_star": 1.0},
+        {"begin": "noise", "t_star": 1.0, "rule": "sde"},
         {"condition": 2.0},
         {"temperature": 1.0},
         {"temperature": 0.5, "parts": "tiny-nvae"},

@@ -154,7 +154,7 @@ def test_bad_grammar_is_bad_usage(capsys, arguments):
         (["--combine", "mean"], "logits, probabilities, vote"),
         (["--device", "abacus"], "--device abacus"),
         (["--dataset", "fashion-mnist:split=dev"], "split=test, split=validation or split=train"),
-        (["--purifier", "diffpure:t_star=2"], "t_star must lie in (0, 1], got 2.0"),
+        (["--purifier", "diffpure:t_star=2"], "t_star must lie in (0, 1], or be 0 for no diffusion, got 2.0"),
         (["--purifier", "diffpure:t_star=often"], "diffpure: t_star takes float or list, got 'often'"),
         (["--purifier", "diffpure:t_star"], "diffpure takes no argument"),
         (["--purifier", "diffpure:t_star=,steps=1"], "expected key=value, got 't_star='"),
