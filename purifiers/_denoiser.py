@@ -27,13 +27,15 @@ class Form(NamedTuple):
 FORMS = {
     "tiny": Form((8, 8)),
     "small": Form((32, 64)),
+    "compact": Form((64, 128)),
     "medium": Form((64, 128, 192), 1, 2),
     "latent-tiny": Form((8,), 1),
     "latent-small": Form((64,), 1),
+    "latent-compact": Form((96,), 1),
     "latent-medium": Form((96, 192), 1, 2),
 }
-"""small is for 28×28 images, on patches at half the cost of pixels; medium for 32×32 on a GPU; those for latents see
-every site."""
+"""small is for 28×28 images, on patches at half the cost of pixels; compact for 32×32 without a GPU, medium with one;
+those for latents see every site."""
 
 
 def unet(shape: tuple[int, int, int], form: str, *, images: int = 1, embeds: bool = False) -> nn.Module:

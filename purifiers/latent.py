@@ -29,10 +29,12 @@ SIZES = {
     "tiny-vq": Form(VQVAE, "tiny", "latent-tiny"),
     "small": Form(VAE, "latent", "latent-small"),
     "vq": Form(VQVAE, "small", "latent-small"),
+    "compact": Form(VAE, "compact-latent", "latent-compact"),
     "medium": Form(VAE, "medium-latent", "latent-medium"),
     "medium-vq": Form(VQVAE, "medium", "latent-medium"),
 }
-"""28×28 images: small 7×7×4 latents, vq 7×7×8. medium is for 32×32 on a GPU: 8×8 latents."""
+"""28×28 images: small 7×7×4 latents, vq 7×7×8. For 32×32, 8×8 latents: compact without a GPU, medium with
+one."""
 
 
 class Latent(Diffusion):

@@ -23,9 +23,10 @@ class Size(NamedTuple):
 SIZES = {
     "tiny": Size(8, ((1, 4), (2, 2), (4, 1))),
     "small": Size(48, ((1, 16), (4, 4), (4, 4), (8, 2), (8, 2))),
+    "compact": Size(64, ((1, 16), (4, 4), (4, 4), (8, 4), (8, 4), (16, 2))),
     "medium": Size(128, ((1, 64), (4, 8), (4, 8), (4, 8), (8, 4), (8, 4), (8, 4), (16, 2), (16, 2), (16, 2))),
 }
-"""medium is for 32×32 on a GPU."""
+"""For 32×32 images: compact without a GPU, medium with one."""
 RULES = ("mean", "sample", "mix", "prior")
 
 

@@ -31,12 +31,15 @@ SIZES = {
     "spatial": Size((16, 32, 64), 16),
     "vector": Size((16, 32, 32, 48, 48), 64),
     "latent": Size((24, 48), 4),
+    "compact": Size((32, 64), 8),
+    "compact-latent": Size((32, 64), 4),
     "medium": Size((64, 128, 128), 8),
     "medium-latent": Size((64, 128), 4),
     "medium-vector": Size((64, 64, 128, 128, 128), 128),
 }
-"""28×28 images: small 4×4×4, spatial 4×4×16, vector 1×1×64 (sides padded to 32), latent 7×7×4. For 32×32 images
-on a GPU: medium 4×4×8, medium-vector 1×1×128, medium-latent 8×8×4."""
+"""28×28 images: small 4×4×4, spatial 4×4×16, vector 1×1×64 (sides padded to 32), latent 7×7×4. For 32×32
+images without a GPU: compact 8×8×8, compact-latent 8×8×4; with one: medium 4×4×8, medium-vector 1×1×128,
+medium-latent 8×8×4."""
 
 
 class VAE(Purifier):

@@ -27,8 +27,9 @@ class Size(NamedTuple):
     codes: int
 
 
-SIZES = {"tiny": Size((8, 8), 4, 16), "small": Size((24, 48), 8, 256), "medium": Size((64, 128), 8, 512)}
-"""28×28 images: small 7×7 codes. medium is for 32×32 on a GPU: 8×8 codes."""
+SIZES = {"tiny": Size((8, 8), 4, 16), "small": Size((24, 48), 8, 256), "compact": Size((32, 64), 8, 512),
+         "medium": Size((64, 128), 8, 512)}  # fmt: skip
+"""28×28 images: small 7×7 codes. For 32×32: compact 8×8 without a GPU, medium 8×8 with one."""
 
 
 class Sites(NamedTuple):
