@@ -4,6 +4,7 @@
 # make bench  how near to the floor gradients and attacks run on this machine: results/bench/
 # make parity CIFAR10=DATASET          our attacks and samplers against published ones: results/parity.md
 # make cifar10 CIFAR10=DATASET [EXACT=DATASET]  our own CIFAR-10 models and their tables, into OUT (hours on a GPU)
+# make compact CIFAR10=DATASET [EXACT=DATASET]  the same of smaller networks, without a GPU (a night on two cores)
 PYTHON ?= python3
 ARGS ?=
 OUT ?= results/mine
@@ -86,15 +87,20 @@ MODELS ?= vae,vqvae,nvae,vae-latent,latent,diffpure,diffusevae
 TRAIN ?=
 BUDGET ?= quick
 IMAGES ?= 256
+BATCH ?= 256
 comma := ,
 with = $(EXACT)$(if $(findstring :,$(EXACT)),$(comma),:)
 models = $(subst $(comma), ,$(MODELS))
 victim = $(firstword $(subst $(comma), ,$(VICTIMS)))
 DIALS = vae:temperature={0.0,1.0,2.0,4.0} vqvae:codes={0,32,128} nvae:keep={2,3,4,5} \
-	diffpure:t_star={0.05,0.1,0.15,0.2} latent:t_star={0.1,0.2,0.3} diffusevae:t_star={0.1,0.15,0.2,0.3}
+	diffpure:t_star={0.05,0.1,0.15,0.2} latent:t_star={0.1,0.2,0.3} diffusevae:t_star={0.1,0.15,0.2,0.3} \
+	vae-compact:code={1,2,4,8} vqvae-compact:codes={0,32,128} nvae-compact:keep={3,4,5,6} \
+	diffpure-compact:t_star={0.03,0.05,0.1,0.15} latent-compact:t_star={0.03,0.05,0.1,0.2} \
+	diffusevae-compact:t_star={0.05,0.1,0.15,0.2}
+COMPACT := vae-compact,vqvae-compact,nvae-compact,vae-latent-compact,latent-compact,diffpure-compact,diffusevae-compact
 turned = $(filter $(addsuffix :%,$(models)),$(DIALS))
 
-.PHONY: cifar10
+.PHONY: cifar10 compact
 cifar10: SHARED = --weights $(OUT)/weights --budget $(BUDGET) --yes
 cifar10: TESTED = --dataset '$(EXACT)' --n-examples $(IMAGES) --attack pgd,autoattack $(SHARED)
 cifar10: install
@@ -109,9 +115,12 @@ cifar10: install
 		$(BIN)/python -m benchmark run --classifier $(victim) $$radius --purifier "$$chosen" \
 			--out $(OUT)/cifar10-matched $(TESTED) || exit 1; done
 	$(BIN)/python -m benchmark bench --purifier $(lastword $(models)) --classifier $(victim) --dataset '$(EXACT)' \
-		--weights $(OUT)/weights --batch-size 256 --out $(OUT)/cifar10-bench
+		--weights $(OUT)/weights --batch-size $(BATCH) --out $(OUT)/cifar10-bench
 	$(BIN)/python -m benchmark report $(OUT)/cifar10 $(OUT)/cifar10-matched --figures --out $(OUT)/cifar10-figures
 	$(BIN)/python -m benchmark report $(OUT)/cifar10 --compact
+
+compact:
+	$(MAKE) cifar10 MODELS=$(COMPACT) VICTIMS=resnet,resnet-at BATCH=32 OUT=$(OUT)
 
 clean:
 	rm -rf build *.egg-info shims/src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -187,9 +187,10 @@ def _named(spec: Spec) -> Spec:
 def _remedy(kind: str, name: str, need: Need) -> str:
     """How to come by weights that aren't there."""
     family = need.form.family
-    train = f"train them: python -m benchmark train {name} --dataset {family}, then --weights FOLDER"
     if name in recipes(family):
-        return train
+        train = f"train them: python -m benchmark train {name} --dataset {family}, then --weights FOLDER"
+        others = [n for n in names(kind, family, need.roots) if n.startswith(f"{name}-")]
+        return f"take {' or '.join(others)}, or {train}" if others else train
     known = [*names(kind, family, need.roots), *(f"{z}:NAME" for z in zoo.ZOOS if kind == "classifiers")]
     return f"there is no recipe for it either (--weights FOLDER brings your own); what can be named: {', '.join(known)}"
 

@@ -14,6 +14,8 @@ from benchmark.errors import UsageError
 RECIPES = Path(__file__).parent / "recipes.toml"
 LARGER = "cifar10"
 """The data set whose recipes, for a GPU, stand in the cards of small models, too."""
+COMPACT = "-compact"
+"""What the names of its recipes for no GPU end with."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,12 @@ def recipes(dataset: str) -> dict[str, Recipe]:
         return whole(sections[family][name]) | {k: v for k, v in section.items() if k != "like"}
 
     return {name: Recipe(**whole(section)) for name, section in sections.get(dataset, {}).items()}
+
+
+def larger(family: str, name: str) -> str | None:
+    """The recipe for a GPU of what a recipe makes small, if there is one and it is another."""
+    of = name.removesuffix(COMPACT)
+    return of if (family, name) != (LARGER, of) and of in recipes(LARGER) else None
 
 
 def ordered(family: str, names: Iterable[str] | None = None) -> list[str]:

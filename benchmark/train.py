@@ -19,7 +19,7 @@ from tqdm import tqdm
 from benchmark import checkpoints, data, registry
 from benchmark.errors import UsageError
 from benchmark.measure import MOST, SPLITS, measure
-from benchmark.recipes import LARGER, Recipe, ordered, recipes
+from benchmark.recipes import LARGER, Recipe, larger, ordered, recipes
 from purifiers import Batch, Tape
 
 SAVE_EVERY = 60.0
@@ -114,9 +114,9 @@ def train(
         + (f" --epochs {epochs}" if epochs is not None else ""),
         "torch": torch.__version__.split("+")[0],
     }
-    if family != LARGER and name in recipes(LARGER):
-        command = f"python -m benchmark train {name} --dataset {LARGER} --device cuda"
-        card["larger"] = {"recipe": asdict(recipes(LARGER)[name]), "command": command}
+    if bigger := larger(family, name):
+        command = f"python -m benchmark train {bigger} --dataset {LARGER} --device cuda"
+        card["larger"] = {"recipe": asdict(recipes(LARGER)[bigger]), "command": command}
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     (folder / "state.pt").unlink(missing_ok=True)
     return folder
