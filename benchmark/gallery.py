@@ -7,19 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.utils import make_grid
 
 from benchmark.errors import UsageError
 from benchmark.plots import STYLE, written
 from benchmark.replay import Replay
+from benchmark.samples import tiled
 
 HEADS = ("clean", "attacked", "difference", "g(clean)", "g(attacked)")
 ROWS = ("clean", "attacked", "g(clean)", "g(attacked)")
 """The rows of a run's own gallery."""
 SHOWN = 8
 """How many images it has."""
-TILE = 64
-"""Pixels a side of an image in it, at most."""
 RIGHT, WRONG = "#15803d", "#c2410c"
 
 
@@ -69,22 +67,10 @@ def gallery(replays: Sequence[Replay], path: Path) -> list[Path]:
 def beside(replayed: Replay) -> Path:
     """``gallery.png`` in the run's own folder, where the page finds it.
 
-    A row each of ``ROWS``, a column per image, as the run's first draws made them; pixels as they are, of large images
-    ``TILE`` a side.
+    A row each of ``ROWS``, a column per image, as the run's first draws made them.
     """
-    from PIL import Image
-
-    rows = torch.stack((replayed.x, replayed.x_adv, replayed.purified, replayed.purified_adv)).clamp(0, 1)
-    tiles = rows.flatten(0, 1).expand(-1, 3, -1, -1)
-    if (side := max(tiles.shape[-2:])) > TILE:
-        tiles = torch.nn.functional.interpolate(tiles, scale_factor=TILE / side, mode="area")
-    grid = make_grid(tiles, nrow=rows.shape[1], padding=2, pad_value=1.0)
-    path = Path(replayed.run["folder"]) / "gallery.png"
-    temporary = path.with_suffix(".new.png")
-    picture = Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy())
-    (picture.convert("L") if replayed.x.shape[1] == 1 else picture).save(temporary, optimize=True)
-    temporary.replace(path)
-    return path
+    rows = torch.stack((replayed.x, replayed.x_adv, replayed.purified, replayed.purified_adv))
+    return tiled(rows.flatten(0, 1), rows.shape[1], Path(replayed.run["folder"]) / "gallery.png")
 
 
 def _strip(cells: Sequence[Any], replayed: Replay, k: int, record: dict[str, Any]) -> None:

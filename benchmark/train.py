@@ -20,6 +20,7 @@ from benchmark import checkpoints, data, registry
 from benchmark.errors import UsageError
 from benchmark.measure import MOST, SPLITS, measure
 from benchmark.recipes import LARGER, Recipe, larger, ordered, recipes
+from benchmark.samples import samples
 from purifiers import Batch, Tape
 
 SAVE_EVERY = 60.0
@@ -38,7 +39,7 @@ def train(
     finish: str | None = None,
     stop_after: int | None = None,
 ) -> Path:
-    """Train ``name`` by its recipe and write weights and card to ``out/<data set>/<name>``.
+    """Train ``name`` by its recipe and write weights and card to ``out/<data set>/<name>``, with images it draws.
 
     The state is saved every minute; the same command continues after a kill. Noise, order and augmentation are keyed
     by the step, so a resumed training is the training that was interrupted.
@@ -117,6 +118,8 @@ def train(
     if bigger := larger(family, name):
         command = f"python -m benchmark train {bigger} --dataset {LARGER} --device cuda"
         card["larger"] = {"recipe": asdict(recipes(LARGER)[bigger]), "command": command}
+    if recipe.kind == "purifiers":
+        samples(module.eval(), images.form, folder / "samples.png")  # type: ignore[arg-type]
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     (folder / "state.pt").unlink(missing_ok=True)
     return folder

@@ -135,6 +135,10 @@ class Purifier(nn.Module):
         """
         return None
 
+    def sample(self, like: Images, noise: Noise) -> Images | None:
+        """Images of the model's own, of the shape of ``like`` and of nothing else in it; None without a model."""
+        return None
+
     def sde(self) -> SDE | None:
         """The stochastic differential equation that the steps integrate; None if they do something else."""
         return None

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Size, Tensor, nn
 
 from purifiers import _sampler, _structure
@@ -68,6 +69,8 @@ class Diffusion(Purifier):
         "eta": _sampler.eta_rule,
     }
     T_END = 1e-5
+    SAMPLING = 50
+    """Steps of DDIM that ``sample`` takes."""
     passes: ClassVar[int] = 0
     """Evaluations of other networks before and after the chain: an encoder's and its decoder's count as one."""
     condition: float = 1.0
@@ -136,6 +139,22 @@ class Diffusion(Purifier):
 
     def finish(self, state: Tensor, context: Kept) -> Images:
         return self.leave(state, context)
+
+    def sample(self, like: Images, noise: Noise) -> Images:
+        """DDIM's chain from noise, ``SAMPLING`` steps; a network with a condition gets that of a drawn image."""
+        z, context = self.enter(self.conditioning(like, noise.fold("condition")), noise)
+        denoiser, z = self.conditioned(context), noise.normal("sample", like=z)
+        for k, (t, t_next) in enumerate(pairwise([*self.schedule.times(1.0, self.SAMPLING), 0.0])):
+            z = _sampler.eta_rule(denoiser, z, t, t_next, k, noise, eta=0.0)
+        return self.leave(z, context)
+
+    def conditioning(self, like: Images, noise: Noise) -> Images:
+        """The images whose condition a sample is drawn under; grey for a network without one."""
+        return torch.full_like(like, 0.5)
+
+    def conditioned(self, context: Kept) -> Denoiser:
+        """The network under the condition that is kept, as it was trained."""
+        return self.denoiser.given(beside=context.beside, embedded=context.embedded)
 
     def diffused(self, k: int, x: Images, noise: Noise) -> Tensor | None:
         if self.spread or len(self.chains) != 1:

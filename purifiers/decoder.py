@@ -72,7 +72,11 @@ class Decoder(Diffusion):
         return torch.zeros_like(z), context._replace(beside=self.canvas(self.codec.encode(x).mean.flatten(1)))
 
     def denoising(self, k: int, context: Kept, noise: Noise) -> Denoiser:
-        return self.denoiser.given(beside=context.beside).exaggerated(self.condition)
+        return self.conditioned(context).exaggerated(self.condition)
+
+    def conditioning(self, like: Images, noise: Noise) -> Images:
+        """Samples of the autoencoder."""
+        return VAE(self.autoencoder).sample(like, noise)
 
     def diffused(self, k: int, x: Images, noise: Noise) -> None:
         return None  # no image is diffused

@@ -147,7 +147,7 @@ class DiffuseVAE(Diffusion):
         return begin, context._replace(reference=x_hat, beside=x_hat if self.formulation else None, embedded=embedded)
 
     def denoising(self, k: int, context: Kept, noise: Noise) -> Denoiser:
-        denoiser = self._given(context.beside, context.embedded).exaggerated(self.condition)
+        denoiser = self.conditioned(context).exaggerated(self.condition)
         if self.structure == "none":
             return denoiser
         reference: Any = context.reference
@@ -155,6 +155,14 @@ class DiffuseVAE(Diffusion):
             return denoiser.edited(_structure.low_passed(reference, weight=self.strength, factor=self.factor))
         fresh = noise.fold("guide", k)
         return denoiser.edited(_structure.guided(reference, fresh, strength=self.strength, matched=True))
+
+    def conditioning(self, like: Images, noise: Noise) -> Images:
+        """Samples of stage 1."""
+        stage1: Any = self.stage1
+        return (NVAE(stage1) if isinstance(stage1, Ladder) else VAE(stage1)).sample(like, noise)
+
+    def conditioned(self, context: Kept) -> Denoiser:
+        return self._given(context.beside, context.embedded)
 
     def diffused(self, k: int, x: Images, noise: Noise) -> Tensor | None:
         return None if self.begin == "noise" else super().diffused(k, x, noise)

@@ -79,6 +79,11 @@ class MAP(Ascent):
             return context.x
         return self.codec.decode(state, context.x.shape).clamp(0, 1)
 
+    def sample(self, like: Images, noise: Noise) -> Images:
+        """D(z), z ~ p(z)."""
+        z = self.prior.sample(self.codec.encode(like).mean, noise)
+        return self.codec.decode(z, like.shape).clamp(0, 1)
+
     def settle(self, x: Images) -> None:
         """Fit the mixture to the means of the codes of training images; a single component stays standard normal."""
         if len(self.prior.weights) > 1:

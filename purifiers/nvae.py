@@ -110,6 +110,10 @@ class NVAE(Purifier):
     def finish(self, state: Tensor, context: State) -> Images:
         return self.ladder.image(state, context.x.shape).clamp(0, 1)
 
+    def sample(self, like: Images, noise: Noise) -> Images:
+        """Every group drawn from its prior, at temperature 1."""
+        return NVAE(self.ladder, rule="prior", tau=1.0)(like, noise)
+
     @property
     def nfe(self) -> int:
         """One pass of the ladder."""

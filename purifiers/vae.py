@@ -96,6 +96,11 @@ class VAE(Purifier):
     def finish(self, state: Tensor, context: Images) -> Images:
         return self._image(self.codec.decode(state, context.shape)).clamp(0, 1)
 
+    def sample(self, like: Images, noise: Noise) -> Images:
+        """D(z), z ~ N(0, I)."""
+        z = noise.normal("prior", like=self.codec.encode(like).mean)
+        return self.finish(self._kept(z), like)
+
     def objectives(
         self,
         batch: Batch,

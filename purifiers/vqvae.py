@@ -120,6 +120,10 @@ class VQVAE(Purifier):
     def codes(self, state: Tensor) -> Tensor:
         return self.codec.nearest(state)
 
+    def sample(self, like: Images, noise: Noise) -> Images:
+        """Every code drawn from the prior in raster order, so that none of ``like``'s is left."""
+        return VQVAE(self.autoencoder, self.prior, resample=1.0)(like, noise)
+
     @property
     def nfe(self) -> int:
         """One pass of the autoencoder, and with resampling one of the prior per site and one to choose them."""

@@ -71,6 +71,7 @@ def test_every_recipe_writes_a_card_that_builds(tmp_path, name):
     folder = train(name, DATASET, tmp_path, epochs=1, limit=256)
     assert folder == tmp_path / DATASET / name
     assert not (folder / "state.pt").exists()
+    assert (folder / "samples.png").exists() == (recipe.kind == "purifiers" and recipe.component != "elbo")
 
     card = json.loads((folder / "card.json").read_text())
     assert (card["kind"], card["component"], card["size"]) == (recipe.kind, recipe.component, recipe.size)
@@ -388,7 +389,8 @@ def test_every_recipe_for_a_gpu_trains_resumes_and_builds(tmp_path, monkeypatch)
     text = re.sub(r"batch_size = \d+", "batch_size = 2", recipe_book.RECIPES.read_text())
     (tmp_path / "recipes.toml").write_text(re.sub(r"settle = \d+", "settle = 20", text))
     monkeypatch.setattr(recipe_book, "RECIPES", tmp_path / "recipes.toml")
-    monkeypatch.setattr(training, "measure", lambda *arguments, **options: {})
+    for after in ("measure", "samples"):
+        monkeypatch.setattr(training, after, lambda *arguments, **options: {})
     pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (45, 3, 32, 32), np.uint8))
     (tmp_path / LARGE).mkdir()
     for split, shown in (("train", pixels), ("test", 255 - pixels)):

@@ -50,6 +50,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "list": tools.listed,
     "plan": runs.plan,
     "purify": tools.purify,
+    "sample": tools.sample,
     "report": reports.report,
     "run": runs.run,
     "status": runs.status,

@@ -70,6 +70,14 @@ def parser() -> argparse.ArgumentParser:
     purify.add_argument("--seed", type=int, default=0, help="of the draw (0)")
     _files(purify)
 
+    sample = _command(commands, "sample", "draw images from a purifier's own model, as a grid")
+    sample.add_argument("--purifier", required=True, metavar="SPEC", help="e.g. diffpure, vae, latent, diffusevae")
+    sample.add_argument("--count", type=int, default=64, metavar="N", help="images (64)")
+    sample.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="must not exist")
+    sample.add_argument("--seed", type=int, default=0, help="of the draws (0)")
+    sample.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
+    _files(sample)
+
     tables = _command(commands, "tables", "make the generated tables of Markdown files anew")
     tables.add_argument("files", nargs="+", type=Path, metavar="FILE", help="with <!-- table: COMMAND --> blocks")
     tables.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is stale")

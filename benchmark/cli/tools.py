@@ -24,6 +24,26 @@ def purify(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def sample(arguments: argparse.Namespace) -> int:
+    from benchmark import checkpoints
+    from benchmark.samples import samples
+
+    need, out = needed(arguments), arguments.out
+    if out.exists():
+        raise UsageError(f"--out {out} exists; nothing was overwritten")
+    if out.suffix != ".png" or not out.parent.is_dir():
+        raise UsageError(f"--out {out}: name a PNG file in a folder that exists, e.g. samples.png")
+    if arguments.count < 1:
+        raise UsageError(f"--count must be at least 1, got {arguments.count}")
+    built = checkpoints.build("purifiers", arguments.purifier, need)
+    module: Any = built.module.to(device_of(arguments.device))
+    if samples(module, need.form, out, count=arguments.count, seed=arguments.seed) is None:
+        raise UsageError(f"{built.spec} has no model of images to draw from; take e.g. diffpure, vae, nvae or latent")
+    print(f"drawn from {built.spec}", file=sys.stderr)
+    print(out)
+    return DONE
+
+
 def listed(arguments: argparse.Namespace) -> int:
     from benchmark import checkpoints, config, data, registry, zoo
 
