@@ -295,6 +295,28 @@ def find_runs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
     return runs
 
 
+WHERE = "dataset purifier classifier attack norm eps budget view seed precision protocol".split()
+"""What ``where`` chooses by."""
+
+
+def where(runs: list[dict[str, Any]], conditions: Iterable[str]) -> list[dict[str, Any]]:
+    """The runs whose identity, or whose specs as they were given, are as all of some conditions NAME=VALUE say.
+
+    Raises:
+        UsageError: for a name that isn't one of ``WHERE``, or if none is left.
+    """
+    for condition in conditions:
+        name, _, value = condition.partition("=")
+        if name not in WHERE or not value:
+            raise UsageError(f"--where {condition}: expected NAME=VALUE with a name of {', '.join(WHERE)}")
+        found = [(run, {str(run[of][name]) for of in ("identity", "names") if name in run[of]}) for run in runs]
+        runs = [run for run, values in found if value in values]
+        if not runs:
+            known = sorted({str(run["names"].get(name, run["identity"][name])) for run, _ in found})
+            raise UsageError(f"--where {condition}: no such run; there are {', '.join(known)}")
+    return runs
+
+
 def replace(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(path.name + ".new")

@@ -216,3 +216,23 @@ def test_the_audit_says_what_a_grade_rests_on(capsys):
     assert {one["grade"] for one in found} <= set(grades.MEANING)
     assert code == (cli.FAILED if any(one["grade"] == "F" for one in found) else cli.DONE)
     assert audit.failed({"grades": [{"checks": [{"status": "fail"}]}]})
+
+
+def test_rows_that_are_left_out_still_speak_in_the_grades(capsys):
+    recorded = str(ROOT / "results" / "headline")
+
+    def shown(*conditions: str) -> list[dict]:
+        chosen = [word for condition in conditions for word in ("--where", condition)]
+        assert cli.main(["report", recorded, "--format", "json", *chosen]) == cli.DONE
+        return json.loads(capsys.readouterr().out)
+
+    every, few = shown(), shown("attack=pgd", "eps=0.1", "classifier=resnet-at")
+    wanted = [r for r in every if (r["attack"][:3], r["eps"], r["classifier"]) == ("pgd", "0.1", "resnet-at")]
+    assert few == wanted and "F" in {row["grade"] for row in few}, "AutoAttack is stronger than this PGD"
+    for condition, message in (
+        ("eps=1/255", "there are 0.1, 16/255"),
+        ("radius=0.1", "expected NAME=VALUE with a name of dataset"),
+        ("eps", "expected NAME=VALUE"),
+    ):
+        assert cli.main(["report", recorded, "--where", condition]) == cli.USAGE
+        assert message in capsys.readouterr().err

@@ -184,6 +184,10 @@ def _report(commands: Any) -> None:
     how.add_argument(
         "--beside", action="append", metavar="FOLDER", help="its runs speak in the grades, and make no row; repeatable"
     )
+    how.add_argument(
+        "--where", action="append", metavar="NAME=VALUE",
+        help="these runs only, e.g. eps=8/255, classifier=resnet; repeatable; the others still speak in the grades",
+    )  # fmt: skip
     how.add_argument("--out", metavar="FOLDER", help="html is written to FOLDER/index.html; figures go here")
     how.add_argument("--images", type=int, metavar="N", help="images of a gallery (2; of one beside records 8)")
     how.add_argument("--weights", metavar="FOLDER", help="a folder with further cards, for galleries")

@@ -29,11 +29,11 @@ def report(arguments: argparse.Namespace) -> int:
 def _table(arguments: argparse.Namespace) -> str:
     from benchmark import report, writers
     from benchmark.references import published
-    from benchmark.results import find_runs
 
-    form, runs = arguments.format or "md", find_runs(arguments.paths)
+    runs, others = _runs(arguments)
+    form = arguments.format or "md"
     if form == "html":
-        for option in ("rule", "columns", "sort", "with_published", "worst_case", "beside"):
+        for option in ("rule", "columns", "sort", "with_published", "worst_case", "beside", "where"):
             if getattr(arguments, option) is not None:
                 raise UsageError(f"the page sorts, filters and takes every rule itself: leave out --{option}")
         return _page(runs, arguments.out)
@@ -42,7 +42,7 @@ def _table(arguments: argparse.Namespace) -> str:
     if arguments.with_published and form != "md":
         raise UsageError("--with-published is for Markdown: a machine's table never mixes protocols")
     worst = form in ("md", "latex") if arguments.worst_case is None else arguments.worst_case
-    table = report.table(runs, worst_case=worst, rule=arguments.rule or "mean", beside=_beside(arguments))
+    table = report.table(runs, worst_case=worst, rule=arguments.rule or "mean", beside=others)
     columns = arguments.columns.split(",") if arguments.columns else ()
     text = writers.render(table, form, columns=columns, sort=arguments.sort)
     return text + (published(Path(arguments.with_published)) if arguments.with_published else "")
@@ -50,16 +50,20 @@ def _table(arguments: argparse.Namespace) -> str:
 
 def _compact(arguments: argparse.Namespace) -> str:
     from benchmark import writers
-    from benchmark.results import find_runs
 
-    return writers.compact(find_runs(arguments.paths), arguments.rule or "mean", _beside(arguments))
+    runs, others = _runs(arguments)
+    return writers.compact(runs, arguments.rule or "mean", others)
 
 
-def _beside(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs that speak in the grades, and make no row."""
-    from benchmark.results import find_runs
+def _runs(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The runs that are asked for; others, that speak in the grades and make no row: those left out are among them."""
+    from benchmark.results import find_runs, where
 
-    return find_runs(arguments.beside) if arguments.beside else []
+    runs = find_runs(arguments.paths)
+    chosen = where(runs, arguments.where or [])
+    beside = find_runs(arguments.beside) if arguments.beside else []
+    kept = {id(run) for run in chosen}
+    return chosen, [run for run in runs if id(run) not in kept] + beside
 
 
 def _compare(arguments: argparse.Namespace) -> str:
@@ -81,9 +85,8 @@ def _compare(arguments: argparse.Namespace) -> str:
 
 def _match(arguments: argparse.Namespace) -> str:
     from benchmark import report, writers
-    from benchmark.results import find_runs
 
-    found = report.matched(find_runs(arguments.paths), _shares(arguments.match))
+    found = report.matched(_runs(arguments)[0], _shares(arguments.match))
     if arguments.columns == "purifier":
         return ",".join(dict.fromkeys(one["purifier"] for one in found)) + "\n"
     if arguments.columns:
@@ -93,18 +96,16 @@ def _match(arguments: argparse.Namespace) -> str:
 
 def _figures(arguments: argparse.Namespace) -> str:
     from benchmark.plots import figures
-    from benchmark.results import find_runs
 
     kinds = arguments.figures.split(",") if arguments.figures else ()
-    written = figures(find_runs(arguments.paths), Path(arguments.out or "figures"), kinds)
+    written = figures(_runs(arguments)[0], Path(arguments.out or "figures"), kinds)
     return "".join(f"{path}\n" for path in written)
 
 
 def _bibtex(arguments: argparse.Namespace) -> str:
     from benchmark.references import bibtex
-    from benchmark.results import find_runs
 
-    return bibtex(find_runs(arguments.paths))
+    return bibtex(_runs(arguments)[0])
 
 
 def _shares(text: str) -> list[float]:
@@ -224,12 +225,12 @@ def tables(arguments: argparse.Namespace) -> int:
 
 
 REPORTS: dict[str, tuple[Callable[[argparse.Namespace], str], tuple[str, ...]]] = {
-    "compact": (_compact, ("rule", "beside")),
+    "compact": (_compact, ("rule", "beside", "where")),
     "compare": (_compare, ("format",)),
-    "match": (_match, ("columns",)),
-    "figures": (_figures, ("out",)),
+    "match": (_match, ("columns", "where")),
+    "figures": (_figures, ("out", "where")),
     "gallery": (_gallery, ("images", "weights", "data_dir")),
-    "bibtex": (_bibtex, ()),
-    "table": (_table, ("format", "rule", "worst_case", "columns", "sort", "with_published", "out", "beside")),
+    "bibtex": (_bibtex, ("where",)),
+    "table": (_table, ("format", "rule", "worst_case", "columns", "sort", "with_published", "out", "beside", "where")),
 }
 """What ``report`` makes by the option that asks for it: the function, and the options that it takes."""
