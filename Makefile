@@ -4,7 +4,7 @@
 # make bench  how near to the floor gradients and attacks run on this machine: results/bench/
 # make parity CIFAR10=DATASET          our attacks and samplers against published ones: results/parity.md
 # make cifar10 CIFAR10=DATASET [EXACT=DATASET]  our own CIFAR-10 models and their tables, into OUT (hours on a GPU)
-# make compact CIFAR10=DATASET [EXACT=DATASET]  the same of smaller networks, without a GPU (a night on two cores)
+# make compact CIFAR10=DATASET [EXACT=DATASET]  the same of compact networks, without a GPU (a few hours)
 PYTHON ?= python3
 ARGS ?=
 OUT ?= results/mine

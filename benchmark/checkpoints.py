@@ -24,7 +24,7 @@ from benchmark import registry, zoo
 from benchmark.data import Form
 from benchmark.errors import UsageError
 from benchmark.fetch import Remote, network, obtain, sha256
-from benchmark.recipes import recipes
+from benchmark.recipes import COMPACT, recipes
 from benchmark.registry import Spec
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -189,8 +189,8 @@ def _remedy(kind: str, name: str, need: Need) -> str:
     family = need.form.family
     if name in recipes(family):
         train = f"train them: python -m benchmark train {name} --dataset {family}, then --weights FOLDER"
-        others = [n for n in names(kind, family, need.roots) if n.startswith(f"{name}-")]
-        return f"take {' or '.join(others)}, or {train}" if others else train
+        compact = f"{name}{COMPACT}"
+        return f"take {compact}, or {train}" if compact in cards(family, need.roots) else train
     known = [*names(kind, family, need.roots), *(f"{z}:NAME" for z in zoo.ZOOS if kind == "classifiers")]
     return f"there is no recipe for it either (--weights FOLDER brings your own); what can be named: {', '.join(known)}"
 

@@ -77,9 +77,9 @@ def recipes(dataset: str) -> dict[str, Recipe]:
 
 
 def larger(family: str, name: str) -> str | None:
-    """The recipe for a GPU of what a recipe makes small, if there is one and it is another."""
-    of = name.removesuffix(COMPACT)
-    return of if (family, name) != (LARGER, of) and of in recipes(LARGER) else None
+    """The recipe for a GPU of what a recipe makes small, if there is one and its networks are others."""
+    of, known = name.removesuffix(COMPACT), recipes(LARGER)
+    return of if of in known and known[of].size != recipes(family)[name].size else None
 
 
 def ordered(family: str, names: Iterable[str] | None = None) -> list[str]:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -295,26 +296,46 @@ def find_runs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
     return runs
 
 
-WHERE = "dataset purifier classifier attack norm eps budget view seed precision protocol".split()
-"""What ``where`` chooses by."""
+WHERE = "dataset purifier classifier norm eps budget precision protocol".split()
+"""What ``where`` chooses by: never by what a defense met, for its worst case is one of all attacks."""
 
 
 def where(runs: list[dict[str, Any]], conditions: Iterable[str]) -> list[dict[str, Any]]:
-    """The runs whose identity, or whose specs as they were given, are as all of some conditions NAME=VALUE say.
+    """The runs whose identity, or whose specs as they were given, are as conditions NAME=VALUE say.
+
+    Of conditions with one name one has to hold, of those with several names all.
 
     Raises:
         UsageError: for a name that isn't one of ``WHERE``, or if none is left.
     """
+    wanted: dict[str, set[str]] = {}
     for condition in conditions:
         name, _, value = condition.partition("=")
         if name not in WHERE or not value:
-            raise UsageError(f"--where {condition}: expected NAME=VALUE with a name of {', '.join(WHERE)}")
-        found = [(run, {str(run[of][name]) for of in ("identity", "names") if name in run[of]}) for run in runs]
-        runs = [run for run, values in found if value in values]
-        if not runs:
-            known = sorted({str(run["names"].get(name, run["identity"][name])) for run, _ in found})
-            raise UsageError(f"--where {condition}: no such run; there are {', '.join(known)}")
+            raise UsageError(
+                f"--where {condition}: expected NAME=VALUE with a name of {', '.join(WHERE)}; attacks can't be left "
+                "out of a worst case"
+            )
+        wanted.setdefault(name, set()).add(_plain(value))
+    for name, values in wanted.items():
+        left = [run for run in runs if values & {_plain(str(run[of][name])) for of in NAMED if name in run[of]}]
+        if not left:
+            known = sorted({str(run["names"].get(name, run["identity"][name])) for run in runs})
+            raise UsageError(f"--where {name}={' or '.join(sorted(values))}: no such run; there are {', '.join(known)}")
+        runs = left
     return runs
+
+
+NAMED = ("identity", "names")
+"""The two ways in which a run says what it is: canonical specs, and as they were given."""
+
+
+def _plain(value: str) -> str:
+    """A value as it is compared: numbers as numbers, - and _ the same."""
+    try:
+        return str(Fraction(value))
+    except ValueError:
+        return value.replace("_", "-")
 
 
 def replace(path: Path, text: str) -> None:

@@ -136,7 +136,12 @@ class Purifier(nn.Module):
         return None
 
     def sample(self, like: Images, noise: Noise) -> Images | None:
-        """Images of the model's own, of the shape of ``like`` and of nothing else in it; None without a model."""
+        """Images that the purifier's own model draws from its prior; None without a model of images.
+
+        Args:
+            like: lends its shape (B, C, H, W), type and device, and nothing else.
+            noise: a tape with one row per image.
+        """
         return None
 
     def sde(self) -> SDE | None:

@@ -69,8 +69,9 @@ class Diffusion(Purifier):
         "eta": _sampler.eta_rule,
     }
     T_END = 1e-5
-    SAMPLING = 50
-    """Steps of DDIM that ``sample`` takes."""
+    SAMPLING = 100
+    """Steps of DDIM that ``sample`` takes, dense towards t = 0: of a normal distribution they lose 2 to 4 % of the
+    deviation."""
     passes: ClassVar[int] = 0
     """Evaluations of other networks before and after the chain: an encoder's and its decoder's count as one."""
     condition: float = 1.0
@@ -141,16 +142,22 @@ class Diffusion(Purifier):
         return self.leave(state, context)
 
     def sample(self, like: Images, noise: Noise) -> Images:
-        """DDIM's chain from noise, ``SAMPLING`` steps; a network with a condition gets that of a drawn image."""
-        z, context = self.enter(self.conditioning(like, noise.fold("condition")), noise)
+        """DDIM's chain from noise at quadratic times (Song et al. 2021, arXiv 2010.02502, appendix D.2).
+
+        A network with a condition gets one that its prior draws.
+        """
+        z, context = self.enter(torch.full_like(like, 0.5), noise)
+        context = self.imagined(context, like, noise.fold("condition"))
         denoiser, z = self.conditioned(context), noise.normal("sample", like=z)
-        for k, (t, t_next) in enumerate(pairwise([*self.schedule.times(1.0, self.SAMPLING), 0.0])):
-            z = _sampler.eta_rule(denoiser, z, t, t_next, k, noise, eta=0.0)
+        n, steps = self.schedule.n, self.SAMPLING
+        indices = sorted({max(round(n * (k / steps) ** 2), 1) for k in range(1, steps + 1)}, reverse=True)
+        for k, (i, i_next) in enumerate(pairwise([*indices, 0])):
+            z = _sampler.eta_rule(denoiser, z, i / n, i_next / n, k, noise, eta=0.0)
         return self.leave(z, context)
 
-    def conditioning(self, like: Images, noise: Noise) -> Images:
-        """The images whose condition a sample is drawn under; grey for a network without one."""
-        return torch.full_like(like, 0.5)
+    def imagined(self, context: Kept, like: Images, noise: Noise) -> Kept:
+        """What is kept, with the condition of an image that doesn't exist in place of that of a real one."""
+        return context
 
     def conditioned(self, context: Kept) -> Denoiser:
         """The network under the condition that is kept, as it was trained."""

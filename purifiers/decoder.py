@@ -74,9 +74,9 @@ class Decoder(Diffusion):
     def denoising(self, k: int, context: Kept, noise: Noise) -> Denoiser:
         return self.conditioned(context).exaggerated(self.condition)
 
-    def conditioning(self, like: Images, noise: Noise) -> Images:
-        """Samples of the autoencoder."""
-        return VAE(self.autoencoder).sample(like, noise)
+    def imagined(self, context: Kept, like: Images, noise: Noise) -> Kept:
+        """The canvas of a code that the prior draws."""
+        return context._replace(beside=self.canvas(VAE(self.autoencoder).imagined(like, noise).flatten(1)))
 
     def diffused(self, k: int, x: Images, noise: Noise) -> None:
         return None  # no image is diffused

@@ -156,10 +156,16 @@ class DiffuseVAE(Diffusion):
         fresh = noise.fold("guide", k)
         return denoiser.edited(_structure.guided(reference, fresh, strength=self.strength, matched=True))
 
-    def conditioning(self, like: Images, noise: Noise) -> Images:
-        """Samples of stage 1."""
-        stage1: Any = self.stage1
-        return (NVAE(stage1) if isinstance(stage1, Ladder) else VAE(stage1)).sample(like, noise)
+    def imagined(self, context: Kept, like: Images, noise: Noise) -> Kept:
+        """x̂ = D(z) of a z that the prior of stage 1 draws, and that z."""
+        if isinstance(self.stage1, Ladder):
+            x_hat, code = NVAE(self.stage1).sample(like, noise), like.new_zeros(len(like), 0)
+        else:
+            drawn = VAE(self.stage1)  # type: ignore[arg-type]
+            z = drawn.imagined(like, noise)
+            x_hat, code = drawn.finish(z, like), z.flatten(1)
+        beside = self.denoiser.fit(2 * x_hat - 1) if self.formulation else None
+        return context._replace(beside=beside, embedded=None if self.embed is None else self.embed(code))
 
     def conditioned(self, context: Kept) -> Denoiser:
         return self._given(context.beside, context.embedded)

@@ -98,8 +98,11 @@ class VAE(Purifier):
 
     def sample(self, like: Images, noise: Noise) -> Images:
         """D(z), z ~ N(0, I)."""
-        z = noise.normal("prior", like=self.codec.encode(like).mean)
-        return self.finish(self._kept(z), like)
+        return self.finish(self._kept(self.imagined(like, noise)), like)
+
+    def imagined(self, like: Images, noise: Noise) -> Tensor:
+        """A code z ~ N(0, I) for each of some images, of which it takes nothing."""
+        return noise.normal("prior", like=self.codec.encode(like).mean)
 
     def objectives(
         self,

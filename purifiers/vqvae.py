@@ -122,7 +122,7 @@ class VQVAE(Purifier):
 
     def sample(self, like: Images, noise: Noise) -> Images:
         """Every code drawn from the prior in raster order, so that none of ``like``'s is left."""
-        return VQVAE(self.autoencoder, self.prior, resample=1.0)(like, noise)
+        return VQVAE(self.autoencoder, self.prior, codes=self.codec.codes, resample=1.0)(like, noise)
 
     @property
     def nfe(self) -> int:

@@ -221,18 +221,33 @@ def test_the_audit_says_what_a_grade_rests_on(capsys):
 def test_rows_that_are_left_out_still_speak_in_the_grades(capsys):
     recorded = str(ROOT / "results" / "headline")
 
-    def shown(*conditions: str) -> list[dict]:
-        chosen = [word for condition in conditions for word in ("--where", condition)]
-        assert cli.main(["report", recorded, "--format", "json", *chosen]) == cli.DONE
-        return json.loads(capsys.readouterr().out)
+    def shown(*arguments: str) -> str:
+        assert cli.main(["report", recorded, *arguments]) == cli.DONE
+        return capsys.readouterr().out
 
-    every, few = shown(), shown("attack=pgd", "eps=0.1", "classifier=resnet-at")
-    wanted = [r for r in every if (r["attack"][:3], r["eps"], r["classifier"]) == ("pgd", "0.1", "resnet-at")]
-    assert few == wanted and "F" in {row["grade"] for row in few}, "AutoAttack is stronger than this PGD"
-    for condition, message in (
-        ("eps=1/255", "there are 0.1, 16/255"),
-        ("radius=0.1", "expected NAME=VALUE with a name of dataset"),
-        ("eps", "expected NAME=VALUE"),
-    ):
-        assert cli.main(["report", recorded, "--where", condition]) == cli.USAGE
-        assert message in capsys.readouterr().err
+    every, few = (
+        json.loads(shown("--format", "json", *words))
+        for words in ([], ["--where", "eps=0.10", "--where", "classifier=resnet_at"])
+    )
+    assert few == [r for r in every if (r["eps"], r["classifier"]) == ("0.1", "resnet-at")]
+    assert "F" in {row["grade"] for row in few}, "AutoAttack is stronger than this PGD"
+    both = ["--where", "eps=0.1", "--where", "eps=16/255"]
+    assert shown("--compact", *both) == shown("--compact")
+    (line,) = (one for one in shown("--compact").splitlines() if one.startswith("| diffpure | resnet | Linf | 0.1 |"))
+    (same,) = (one for one in shown("--compact", "--where", "eps=0.1", "--where", "purifier=diffpure").splitlines()
+               if one.startswith("| diffpure | resnet | Linf | 0.1 |"))  # fmt: skip
+    assert same.split(" | ")[:-2] == line.split(" | ")[:-2] and same.split(" | ")[-1] == line.split(" | ")[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--where", "eps=1/255"], "there are 0.1, 16/255"),
+        (["--where", "attack=pgd"], "attacks can't be left out of a worst case"),
+        (["--where", "eps"], "expected NAME=VALUE"),
+        (["--figures", "--where", "eps=0.1"], "--figures takes no --where"),
+    ],
+)
+def test_no_condition_leaves_out_what_a_defense_met(words, message, capsys):
+    assert cli.main(["report", str(ROOT / "results" / "headline"), *words]) == cli.USAGE
+    assert message in capsys.readouterr().err

@@ -186,7 +186,8 @@ def _report(commands: Any) -> None:
     )
     how.add_argument(
         "--where", action="append", metavar="NAME=VALUE",
-        help="these runs only, e.g. eps=8/255, classifier=resnet; repeatable; the others still speak in the grades",
+        help="rows of these runs only, e.g. eps=8/255; repeatable: either of one name, all of several; the others "
+        "still speak in the grades",
     )  # fmt: skip
     how.add_argument("--out", metavar="FOLDER", help="html is written to FOLDER/index.html; figures go here")
     how.add_argument("--images", type=int, metavar="N", help="images of a gallery (2; of one beside records 8)")

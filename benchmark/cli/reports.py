@@ -6,7 +6,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmark.cli.common import DONE, FAILED
 from benchmark.cli.runs import cells_of
@@ -30,19 +30,19 @@ def _table(arguments: argparse.Namespace) -> str:
     from benchmark import report, writers
     from benchmark.references import published
 
-    runs, others = _runs(arguments)
+    runs = _runs(arguments)
     form = arguments.format or "md"
     if form == "html":
         for option in ("rule", "columns", "sort", "with_published", "worst_case", "beside", "where"):
             if getattr(arguments, option) is not None:
                 raise UsageError(f"the page sorts, filters and takes every rule itself: leave out --{option}")
-        return _page(runs, arguments.out)
+        return _page(runs.chosen, arguments.out)
     if arguments.out:
         raise UsageError(f"--out is for html and figures; {form} is printed: redirect it into a file")
     if arguments.with_published and form != "md":
         raise UsageError("--with-published is for Markdown: a machine's table never mixes protocols")
     worst = form in ("md", "latex") if arguments.worst_case is None else arguments.worst_case
-    table = report.table(runs, worst_case=worst, rule=arguments.rule or "mean", beside=others)
+    table = report.table(runs.chosen, worst_case=worst, rule=arguments.rule or "mean", beside=runs.beside)
     columns = arguments.columns.split(",") if arguments.columns else ()
     text = writers.render(table, form, columns=columns, sort=arguments.sort)
     return text + (published(Path(arguments.with_published)) if arguments.with_published else "")
@@ -51,19 +51,26 @@ def _table(arguments: argparse.Namespace) -> str:
 def _compact(arguments: argparse.Namespace) -> str:
     from benchmark import writers
 
-    runs, others = _runs(arguments)
-    return writers.compact(runs, arguments.rule or "mean", others)
+    runs = _runs(arguments)
+    return writers.compact(runs.chosen, arguments.rule or "mean", runs.beside)
 
 
-def _runs(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The runs that are asked for; others, that speak in the grades and make no row: those left out are among them."""
+class Runs(NamedTuple):
+    """The runs that make rows; those that only speak in the grades, what was left out among them."""
+
+    chosen: list[dict[str, Any]]
+    beside: list[dict[str, Any]]
+
+
+def _runs(arguments: argparse.Namespace) -> Runs:
+    """The runs that a report is asked for."""
     from benchmark.results import find_runs, where
 
     runs = find_runs(arguments.paths)
     chosen = where(runs, arguments.where or [])
     beside = find_runs(arguments.beside) if arguments.beside else []
     kept = {id(run) for run in chosen}
-    return chosen, [run for run in runs if id(run) not in kept] + beside
+    return Runs(chosen, [run for run in runs if id(run) not in kept] + beside)
 
 
 def _compare(arguments: argparse.Namespace) -> str:
@@ -86,7 +93,7 @@ def _compare(arguments: argparse.Namespace) -> str:
 def _match(arguments: argparse.Namespace) -> str:
     from benchmark import report, writers
 
-    found = report.matched(_runs(arguments)[0], _shares(arguments.match))
+    found = report.matched(_runs(arguments).chosen, _shares(arguments.match))
     if arguments.columns == "purifier":
         return ",".join(dict.fromkeys(one["purifier"] for one in found)) + "\n"
     if arguments.columns:
@@ -96,16 +103,17 @@ def _match(arguments: argparse.Namespace) -> str:
 
 def _figures(arguments: argparse.Namespace) -> str:
     from benchmark.plots import figures
+    from benchmark.results import find_runs
 
     kinds = arguments.figures.split(",") if arguments.figures else ()
-    written = figures(_runs(arguments)[0], Path(arguments.out or "figures"), kinds)
+    written = figures(find_runs(arguments.paths), Path(arguments.out or "figures"), kinds)
     return "".join(f"{path}\n" for path in written)
 
 
 def _bibtex(arguments: argparse.Namespace) -> str:
     from benchmark.references import bibtex
 
-    return bibtex(_runs(arguments)[0])
+    return bibtex(_runs(arguments).chosen)
 
 
 def _shares(text: str) -> list[float]:
@@ -228,7 +236,7 @@ REPORTS: dict[str, tuple[Callable[[argparse.Namespace], str], tuple[str, ...]]] 
     "compact": (_compact, ("rule", "beside", "where")),
     "compare": (_compare, ("format",)),
     "match": (_match, ("columns", "where")),
-    "figures": (_figures, ("out", "where")),
+    "figures": (_figures, ("out",)),
     "gallery": (_gallery, ("images", "weights", "data_dir")),
     "bibtex": (_bibtex, ("where",)),
     "table": (_table, ("format", "rule", "worst_case", "columns", "sort", "with_published", "out", "beside", "where")),

@@ -25,8 +25,9 @@ def purify(arguments: argparse.Namespace) -> int:
 
 
 def sample(arguments: argparse.Namespace) -> int:
-    from benchmark import checkpoints
+    from benchmark import checkpoints, registry
     from benchmark.samples import samples
+    from purifiers import Purifier
 
     need, out = needed(arguments), arguments.out
     if out.exists():
@@ -35,11 +36,16 @@ def sample(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--out {out}: name a PNG file in a folder that exists, e.g. samples.png")
     if arguments.count < 1:
         raise UsageError(f"--count must be at least 1, got {arguments.count}")
-    built = checkpoints.build("purifiers", arguments.purifier, need)
-    module: Any = built.module.to(device_of(arguments.device))
-    if samples(module, need.form, out, count=arguments.count, seed=arguments.seed) is None:
-        raise UsageError(f"{built.spec} has no model of images to draw from; take e.g. diffpure, vae, nvae or latent")
-    print(f"drawn from {built.spec}", file=sys.stderr)
+    spec = registry.parse(arguments.purifier)
+    if ignored := sorted(spec.options.keys() - {"weights"}) if spec.name != "file" else []:
+        raise UsageError(f"{spec}: a sample shows the model, not how it purifies: leave out {', '.join(ignored)}")
+    built = checkpoints.build("purifiers", spec, need)
+    module = built.module.to(device_of(arguments.device))
+    if not isinstance(module, Purifier) or not samples(
+        module, need.form, out, count=arguments.count, seed=arguments.seed
+    ):
+        raise UsageError(f"{spec} has no model of images to draw from; take e.g. diffpure, vae, nvae or latent")
+    print(f"drawn from {spec}, seed {arguments.seed}", file=sys.stderr)
     print(out)
     return DONE
 
