@@ -4,7 +4,7 @@
 # make bench  how near to the floor gradients and attacks run on this machine: results/bench/
 # make parity CIFAR10=DATASET          our attacks and samplers against published ones: results/parity.md
 # make cifar10 CIFAR10=DATASET [EXACT=DATASET]  our own CIFAR-10 models and their tables, into OUT (hours on a GPU)
-# make compact CIFAR10=DATASET [EXACT=DATASET]  the same of compact networks, without a GPU (a few hours)
+# make cifar10 SIZE=compact …                    the same of networks for two cores (a few hours)
 PYTHON ?= python3
 ARGS ?=
 OUT ?= results/mine
@@ -82,12 +82,19 @@ headline: install
 # of, where that isn't all of CIFAR10, e.g. CIFAR10=parquet:FOLDER EXACT=parquet:FOLDER,only=exact.
 CIFAR10 ?= cifar10
 EXACT ?= $(CIFAR10)
+SIZE ?=
+ifeq ($(SIZE),compact)
+VICTIMS ?= resnet,resnet-at
+MODELS ?= vae-compact,vqvae-compact,nvae-compact,vae-latent-compact,latent-compact,diffpure-compact,diffusevae-compact
+BATCH ?= 32
+endif
 VICTIMS ?= resnet18,resnet18-at
 MODELS ?= vae,vqvae,nvae,vae-latent,latent,diffpure,diffusevae
+BATCH ?= 256
+MATCH ?= 0.85
 TRAIN ?=
 BUDGET ?= quick
 IMAGES ?= 256
-BATCH ?= 256
 comma := ,
 with = $(EXACT)$(if $(findstring :,$(EXACT)),$(comma),:)
 models = $(subst $(comma), ,$(MODELS))
@@ -97,30 +104,27 @@ DIALS = vae:temperature={0.0,1.0,2.0,4.0} vqvae:codes={0,32,128} nvae:keep={2,3,
 	vae-compact:code={1,2,4,8} vqvae-compact:codes={0,32,128} nvae-compact:keep={3,4,5,6} \
 	diffpure-compact:t_star={0.03,0.05,0.1,0.15} latent-compact:t_star={0.03,0.05,0.1,0.2} \
 	diffusevae-compact:t_star={0.05,0.1,0.15,0.2}
-COMPACT := vae-compact,vqvae-compact,nvae-compact,vae-latent-compact,latent-compact,diffpure-compact,diffusevae-compact
+MADE = $(OUT)/cifar10$(if $(SIZE),-$(SIZE))
 turned = $(filter $(addsuffix :%,$(models)),$(DIALS))
 
-.PHONY: cifar10 compact
+.PHONY: cifar10
 cifar10: SHARED = --weights $(OUT)/weights --budget $(BUDGET) --yes
 cifar10: TESTED = --dataset '$(EXACT)' --n-examples $(IMAGES) --attack pgd,autoattack $(SHARED)
 cifar10: install
 	$(BIN)/python -m benchmark train $(VICTIMS),$(MODELS) --dataset '$(CIFAR10)' --finish '$(EXACT)' --out $(OUT)/weights $(TRAIN)
 	for setting in $(foreach dial,$(turned),'$(dial)'); do \
 		$(BIN)/python -m benchmark run --attack identity --draws 3 --dataset '$(with)split=validation' --n-examples 256 \
-			--classifier $(victim) --purifier "$$setting" --out $(OUT)/cifar10-dials $(SHARED) || exit 1; done
+			--classifier $(victim) --purifier "$$setting" --out $(MADE)-dials $(SHARED) || exit 1; done
 	for radius in '--norm Linf --eps 8/255' '--norm L2 --eps 0.5'; do \
 		$(BIN)/python -m benchmark run --purifier identity,$(MODELS) --classifier $(VICTIMS) $$radius \
-			--out $(OUT)/cifar10 $(TESTED) || exit 1; \
-		chosen=$$($(BIN)/python -m benchmark report $(OUT)/cifar10-dials --match 0.85 --columns purifier) || exit 1; \
+			--out $(MADE) $(TESTED) || exit 1; \
+		chosen=$$($(BIN)/python -m benchmark report $(MADE)-dials --match $(MATCH) --columns purifier) || exit 1; \
 		$(BIN)/python -m benchmark run --classifier $(victim) $$radius --purifier "$$chosen" \
-			--out $(OUT)/cifar10-matched $(TESTED) || exit 1; done
+			--out $(MADE)-matched $(TESTED) || exit 1; done
 	$(BIN)/python -m benchmark bench --purifier $(lastword $(models)) --classifier $(victim) --dataset '$(EXACT)' \
-		--weights $(OUT)/weights --batch-size $(BATCH) --out $(OUT)/cifar10-bench
-	$(BIN)/python -m benchmark report $(OUT)/cifar10 $(OUT)/cifar10-matched --figures --out $(OUT)/cifar10-figures
-	$(BIN)/python -m benchmark report $(OUT)/cifar10 --compact
-
-compact:
-	$(MAKE) cifar10 MODELS=$(COMPACT) VICTIMS=resnet,resnet-at BATCH=32 OUT=$(OUT)
+		--weights $(OUT)/weights --batch-size $(BATCH) --out $(MADE)-bench
+	$(BIN)/python -m benchmark report $(MADE) $(MADE)-matched --figures --out $(MADE)-figures
+	$(BIN)/python -m benchmark report $(MADE) --compact
 
 clean:
 	rm -rf build *.egg-info shims/src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
