@@ -371,6 +371,12 @@ def test_without_weights_the_remedy_is_one_that_works(capsys):
     assert cli.main(["plan", "--dataset", "cifar10", "--offline"]) == cli.USAGE
     with pytest.raises(UsageError, match=r"no weights for diffpure on svhn; there is no recipe .* identity"):
         checkpoints.build("purifiers", "diffpure", Need(data.form("svhn")))
+    with pytest.raises(
+        UsageError, match=r"for diffpure on cifar10; take diffpure-compact, or train .* --dataset cifar10"
+    ):
+        checkpoints.build("purifiers", "diffpure", Need(data.form("cifar10")))
+    with pytest.raises(UsageError, match=r"for resnet18 on cifar10; train them: "):
+        checkpoints.build("classifiers", "resnet18", Need(data.form("cifar10")))
     with pytest.raises(UsageError, match=r"no weights for resnet18 on fashion-mnist; .* resnet, resnet-at"):
         checkpoints.build("classifiers", "resnet18", Need(data.form("fashion-mnist")))
 
