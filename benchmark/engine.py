@@ -100,10 +100,12 @@ class Engine:
             yield self._search(positions, None)
 
     def _wanted(self, positions: list[int]) -> bool:
-        """Whether a search that was under way is one of this run's, which may be of another n than that one's."""
+        """Whether a search that was under way is one of this run's, which may be of another n than that one's, and
+        hasn't ended since it was saved."""
+        left = set(self.cell.left())
         if self.cell.package:
-            return positions == self._aligned(positions[0])
-        return set(positions) <= set(self.cell.left())
+            return positions == self._aligned(positions[0]) and not left.isdisjoint(positions)
+        return left.issuperset(positions)
 
     def _groups(self, taken: set[int]) -> Iterator[list[int]]:
         left = [p for p in self.cell.left() if p not in taken]

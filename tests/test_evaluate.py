@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from attacks import NORMS
 from benchmark import cli, data, evaluate, evidence, loaders, report, stats, writers
-from benchmark.cell import Result
+from benchmark.cell import Incomplete, Result
 from benchmark.errors import RunError, UsageError
 from benchmark.results import find_runs
 from classifiers import Classifier
@@ -333,6 +333,14 @@ def test_packages_autoattack_extends_byte_by_byte(tmp_path):
     at_once = evaluate(defense, (x, y), "autoattack", eps="1/16", n=40, out=tmp_path / "b", quiet=True)
     assert extended[1].records[:8] == extended[0].records
     assert same_files(extended[1], at_once)
+    stopped = {"eps": "1/16", "out": tmp_path / "c", "quiet": True}
+    with pytest.raises(Incomplete):
+        evaluate(defense, (x, y), "autoattack", n=32, stop_after=0, **stopped)
+    (state,) = (tmp_path / "c").rglob("state.pt")
+    saved = state.read_bytes()
+    evaluate(defense, (x, y), "autoattack", n=32, **stopped)
+    state.write_bytes(saved)  # as a kill leaves it when the group that was under way has ended since
+    assert same_files(evaluate(defense, (x, y), "autoattack", n=40, **stopped), at_once)
     (row,) = at_once.rows
     assert row["display"].startswith("AutoAttack (standard, pyautoattack ")
     assert {r["package_verdict"] for r in at_once.records} <= {True, False}
