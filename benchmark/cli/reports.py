@@ -30,17 +30,17 @@ def _table(arguments: argparse.Namespace) -> str:
     from benchmark import report, writers
     from benchmark.references import published
 
-    runs = _runs(arguments)
     form = arguments.format or "md"
     if form == "html":
         for option in ("rule", "columns", "sort", "with_published", "worst_case", "beside", "where"):
             if getattr(arguments, option) is not None:
                 raise UsageError(f"the page sorts, filters and takes every rule itself: leave out --{option}")
-        return _page(runs.chosen, arguments.out)
+        return _page(_runs(arguments).chosen, arguments.out)
     if arguments.out:
         raise UsageError(f"--out is for html and figures; {form} is printed: redirect it into a file")
     if arguments.with_published and form != "md":
         raise UsageError("--with-published is for Markdown: a machine's table never mixes protocols")
+    runs = _runs(arguments)
     worst = form in ("md", "latex") if arguments.worst_case is None else arguments.worst_case
     table = report.table(runs.chosen, worst_case=worst, rule=arguments.rule or "mean", beside=runs.beside)
     columns = arguments.columns.split(",") if arguments.columns else ()
