@@ -87,6 +87,7 @@ ifeq ($(SIZE),compact)
 VICTIMS ?= resnet,resnet-at
 MODELS ?= vae-compact,vqvae-compact,nvae-compact,vae-latent-compact,latent-compact,diffpure-compact,diffusevae-compact
 BATCH ?= 32
+MATCH ?= 0.7
 endif
 VICTIMS ?= resnet18,resnet18-at
 MODELS ?= vae,vqvae,nvae,vae-latent,latent,diffpure,diffusevae

@@ -298,6 +298,8 @@ def find_runs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
 
 WHERE = "dataset purifier classifier norm eps budget precision protocol".split()
 """What ``where`` chooses by: never by what a defense met, for its worst case is one of all attacks."""
+NAMED = ("identity", "names")
+"""The two ways in which a run says what it is: canonical specs, and as they were given."""
 
 
 def where(runs: list[dict[str, Any]], conditions: Iterable[str]) -> list[dict[str, Any]]:
@@ -324,10 +326,6 @@ def where(runs: list[dict[str, Any]], conditions: Iterable[str]) -> list[dict[st
             raise UsageError(f"--where {name}={' or '.join(sorted(values))}: no such run; there are {', '.join(known)}")
         runs = left
     return runs
-
-
-NAMED = ("identity", "names")
-"""The two ways in which a run says what it is: canonical specs, and as they were given."""
 
 
 def _plain(value: str) -> str:

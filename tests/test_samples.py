@@ -148,10 +148,11 @@ class Optimal(torch.nn.Module):
         return (1 - a).sqrt() * (z - a.sqrt() * self.mean) / (a * self.deviation**2 + 1 - a)
 
 
-def test_the_chain_from_noise_draws_the_distribution_that_was_learned():
-    found = drawn(DiffPure(Optimal(0.0, 0.3)), torch.zeros(400, *SHAPE, dtype=torch.float64))
+@pytest.mark.parametrize("deviation", [0.1, 0.3])
+def test_the_chain_from_noise_draws_the_distribution_that_was_learned(deviation):
+    found = drawn(DiffPure(Optimal(0.0, deviation)), torch.zeros(400, *SHAPE, dtype=torch.float64))
     assert found.mean().item() == pytest.approx(0.5, abs=0.003)
-    assert found.std().item() == pytest.approx(0.3 / 2, rel=0.04), "DDIM of these steps loses 2 %"
+    assert found.std().item() == pytest.approx(deviation / 2, rel=0.05), "DDIM of these steps loses 2 to 4 %"
 
 
 def test_latents_are_drawn_at_their_own_scale(make, monkeypatch):
