@@ -60,9 +60,8 @@ def gradients(cell: Cell) -> dict[str, Any]:
     reference: np.ndarray | None = None
     for name in views(cell):
         view = View(name)(keep=1)
-        victim = Victim(
-            cell.defense, view, Tape(cell.settings.seed, "attack", ids), Calls(cell.rows), stochastic=cell.stochastic
-        )
+        tape = Tape(cell.settings.seed, "attack", ids).to(cell.device)
+        victim = Victim(cell.defense, view, tape, Calls(cell.rows), stochastic=cell.stochastic)
         try:
             gradient = victim.evaluate(x, y, ce, "audit", eot=1).gradient.flatten(1).double()
             found = cell.attack.perturb(x, y, victim, cell.threat)

@@ -90,7 +90,7 @@ class Engine:
     def _searches(self) -> Iterator[Search]:
         """What is left to search: what was under way first, then the others in order."""
         taken: set[int] = set()
-        for lane in self.cell.folder.load_state():
+        for lane in self.cell.folder.load_state(self.cell.device):
             positions = lane["positions"].tolist()
             if self._wanted(positions):
                 taken |= set(positions)

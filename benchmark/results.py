@@ -138,12 +138,13 @@ class Run:
             torch.save({"lanes": lanes}, new)
             new.replace(self.folder / self.state)
 
-    def load_state(self) -> list[dict[str, Any]]:
-        """The searches that were under way."""
+    def load_state(self, device: torch.device) -> list[dict[str, Any]]:
+        """The searches that were under way, on whatever device, on this one."""
         path = self.folder / self.state
         if not path.exists():
             return []
-        return torch.load(path, weights_only=True).get("lanes", [])
+        lanes = torch.load(path, map_location="cpu", weights_only=True).get("lanes", [])
+        return [lane | {"state": {k: v.to(device) for k, v in lane["state"].items()}} for lane in lanes]
 
     def begun_rows(self, *, halved: bool = False) -> int | None:
         """The row count that the run has, by this process or one it shares it with; None if it may still choose.

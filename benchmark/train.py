@@ -196,13 +196,14 @@ def paused(folder: Path) -> dict[str, float] | None:
     """Of an unfinished training in ``folder``: its "step", "total" steps and "seconds" per step; None without one."""
     if not (folder / "state.pt").is_file():
         return None
-    state = _state(folder / "state.pt", "cpu")
+    state = _state(folder / "state.pt")
     return {key: state[key] for key in ("step", "total", "seconds")}
 
 
-def _state(path: Path, device: str) -> dict[str, Any]:
+def _state(path: Path) -> dict[str, Any]:
+    """What a training saved, in main memory, from whatever device: what takes it over puts it where it belongs."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what its reader does
         raise UsageError(f"{path} can't be read ({error}); delete it, and the training begins anew") from error
 
@@ -297,7 +298,7 @@ def _fit(
     stateful |= {f"optimiser {k}": o for k, o in optimisers.items()} | {f"lr {k}": s for k, s in schedules.items()}
     first = skipped = 0
     if state_file.exists():
-        saved = _state(state_file, device)
+        saved = _state(state_file)
         if saved["total"] != total:
             raise UsageError(f"{state_file} is of a training of {saved['total']} steps, not {total}; delete it")
         if saved.get("of") != of:
@@ -307,6 +308,7 @@ def _fit(
             )
         for k, part in stateful.items():
             part.load_state_dict(saved[k])
+        ema.to(device)  # type: ignore[no-untyped-call]
         first, skipped = saved["step"], saved["skipped"]
 
     end = total if stop_after is None else min(total, first + stop_after)

@@ -1,0 +1,170 @@
+"""Another device than the CPU: pretended, so that every machine tests it; what runs there ends in the CPU's bytes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from attacks._gradient import ce
+from attacks._views import Exact
+from benchmark import audit, cli, evaluate, registry
+from benchmark import train as training
+from benchmark.cell import Cell, Incomplete, Settings
+from benchmark.train import train
+from purifiers import Batch, Defense, Tape
+from purifiers.vae import VAE
+from tests import pretend
+from tests.conftest import CASES, SHAPE, classifier, images, smooth
+from tests.test_resume import outcome
+from tests.test_train import DATASET, needs_full, tiny, weights  # noqa: F401
+
+SETTINGS = {"eps": "32/255", "draws": 3, "quiet": True, "n": 2, "rows": 32, "budget": "quick"}
+SMALL = {"steps": 3, "eot": 2, "queries": 12, "samples": 4}
+ATTACKS = [name for name in registry.names("attacks") if name not in ("torchattacks", "encoder", "stadv")] + [
+    "torchattacks:MIFGSM", "apgd:targets=2,loss=dlr", "pgd:retire=32",
+]  # fmt: skip
+
+
+@pytest.fixture
+def gpu():
+    with pretend.device():
+        yield
+
+
+# --- the pretended device itself
+
+
+def test_devices_are_not_mixed(gpu):
+    here, there = torch.ones(3), torch.ones(3, device="cuda")
+    for mixed in (lambda: here + there, lambda: torch.cat([there, here]), lambda: here[there.long()]):
+        with pytest.raises(RuntimeError, match="on the same device"):
+            mixed()
+    with pytest.raises(TypeError, match="can't convert cuda"):
+        there.numpy()
+    assert torch.equal((there * torch.tensor(2.0))[torch.tensor([0])].cpu(), torch.tensor([2.0]))
+    assert (there.double() @ torch.arange(3, device="cuda").double()).item() == 3
+
+
+def test_what_is_made_of_a_tensor_lies_where_it_does(gpu):
+    there = torch.rand(2, 3, device="cuda", requires_grad=True)
+    made = [
+        torch.zeros_like(there), there.new_tensor([1.0]), torch.nn.functional.one_hot(there.argmax(1), 3),
+        torch.ones(2).to(there), torch.nn.Linear(3, 1).to("cuda")(there), copy.deepcopy(torch.nn.ReLU().cuda())(there),
+        torch.autograd.grad(there.chunk(3, 1)[0].sort(0).values.sum(), there)[0], there.amax(1),
+    ]  # fmt: skip
+    assert all(t.is_cuda for t in made) and not torch.zeros(2).is_cuda
+    assert not any(isinstance(t, pretend.Pretended) for t in (there.cpu(), there.to("cpu"), there.detach().cpu()))
+
+
+# --- purifiers, attacks
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_purifier_and_its_exact_gradient(case, make):
+    def found(device: str) -> tuple[torch.Tensor, ...]:
+        defense = Defense(smooth(make(case)), classifier()).to(device)
+        x, y = images(2).to(device).requires_grad_(), torch.tensor([0, 1]).to(device)
+        tape = Tape(0, "attack", torch.arange(2))
+        loss = ce(defense(x, tape, Exact(keep=1)), y)
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
+        return defense.purifier(x, tape).detach().cpu(), loss.detach().cpu(), gradient.cpu()
+
+    expected = found("cpu")
+    with pretend.device():
+        assert all(map(torch.equal, found("cuda"), expected))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_purifier_is_trained(case, make):
+    with pretend.device():
+        purifier = make(case).to("cuda")
+        if not list(purifier.parameters()):
+            return
+        batch = Batch(images(2).to("cuda"), torch.tensor([0, 1], device="cuda"))
+        for loss in purifier.objectives(batch, Tape(0, "train", torch.arange(2))).values():
+            assert loss.is_cuda
+            loss.backward(retain_graph=True)
+
+
+def small(attack: str) -> str:
+    """The spec with few steps, draws and queries."""
+    name, _, given = attack.partition(":")
+    known = registry.options(registry.load("attacks", name, given if name == "torchattacks" else None))
+    options = [f"{k}={v}" for k, v in SMALL.items() if k in known and (name, k) != ("autoattack", "queries")]
+    return f"{name}:{','.join([given] * bool(given) + options)}" if given or options else name
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_attack(tmp_path, tiny_defense, tiny_images, attack):
+    run = {"attack": small(attack)} | SETTINGS
+    expected = evaluate(tiny_defense, tiny_images, out=tmp_path / "cpu", **run)
+    with pretend.device():
+        found = evaluate(copy.deepcopy(tiny_defense), tiny_images, out=tmp_path / "there", device="cuda", **run)
+    assert outcome(found.folder) == outcome(expected.folder)
+    environment = json.loads((found.folder / "run.json").read_text())["environment"]
+    assert environment["device"] == "cuda" and environment["device_name"] == "Pretended"
+
+
+@pytest.mark.parametrize(
+    "attack, norm", [("encoder:steps=2", "Linf"), ("stadv:steps=2", "StAdv"), ("pgd:steps=2", "L2")]
+)
+def test_an_attack_on_an_encoder_and_other_threats(tmp_path, tiny_images, attack, norm):
+    torch.manual_seed(0)
+    defense = Defense(VAE(*VAE.parts(SHAPE).values()), classifier().float())
+    run = {"attack": attack, "norm": norm} | SETTINGS | {"eps": "1/2" if norm == "L2" else "32/255"}
+    expected = evaluate(defense, tiny_images, out=tmp_path / "cpu", **run)
+    with pretend.device():
+        found = evaluate(copy.deepcopy(defense), tiny_images, out=tmp_path / "there", device="cuda", **run)
+    assert outcome(found.folder) == outcome(expected.folder)
+
+
+# --- the commands
+
+
+def test_every_view_is_audited(tmp_path, tiny_defense, tiny_images):
+    with pretend.device():
+        settings = Settings(device="cuda", n=2, eps="0.1")
+        found = audit.gradients(Cell(copy.deepcopy(tiny_defense), tiny_images, "pgd:steps=2,eot=2", settings))
+    assert {c["id"]: c["status"] for c in found["checks"]}["finite-differences"] == "pass"
+
+
+@pytest.mark.parametrize("before, after", [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
+def test_a_search_stopped_on_one_device_goes_on_on_another(tmp_path, tiny_defense, tiny_images, before, after):
+    run = {"attack": "autoattack:steps=3,eot=2", "mixed_environment": True} | SETTINGS
+
+    def search(folder: str, device: str, **more) -> Path:
+        with pretend.device() if device == "cuda" else nullcontext():
+            own = copy.deepcopy(tiny_defense)
+            return evaluate(own, tiny_images, out=tmp_path / folder, device=device, **run, **more).folder
+
+    with pytest.raises(Incomplete):
+        search("stopped", before, stop_after=0)
+    assert outcome(search("stopped", after)) == outcome(search("whole", "cpu"))
+
+
+@needs_full
+@pytest.mark.parametrize("before, after", [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
+def test_a_training_stopped_on_one_device_goes_on_on_another(tmp_path, tiny, before, after):  # noqa: F811
+    def trained(folder: str, device: str, **more) -> Path:
+        with pretend.device() if device == "cuda" else nullcontext():
+            return train("vae", DATASET, tmp_path / folder, epochs=2, limit=64, device=device, **more)
+
+    trained("stopped", before, stop_after=2)
+    stopped = trained("stopped", after)
+    assert training.paused(stopped) is None and (stopped / "samples.png").exists()
+    assert weights(stopped) == weights(trained("whole", "cpu"))
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])
+def test_a_run_its_verification_and_samples(tmp_path, gpu, capsys, precision):
+    there, root = ["--device", "cuda"], str(tmp_path / "run")
+    run = "run --purifier vae --attack pgd:steps=2,eot=2 --draws 3 --n-examples 2 --budget quick --eps 0.1".split()
+    assert cli.main([*run, "--precision", precision, "--out", root, *there]) == 0
+    assert cli.main(["verify", root, *there]) == 0
+    if precision == "float32":
+        assert cli.main(["sample", "--purifier", "vae", "--count", "4", "--out", str(tmp_path / "s.png"), *there]) == 0
