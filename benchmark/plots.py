@@ -22,7 +22,7 @@ STYLE: Any = {
 COLOURS = ("#0b5cad", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#0e7490", "#be185d", "#4b5563")
 MARKERS = "osD^vPX*"
 MANY = 12
-"""Above so many defenses in one figure, a family is drawn alike."""
+"""Above so many purifiers in one figure, a family is drawn alike; above so many defenses, small."""
 
 
 def figures(runs: Iterable[dict[str, Any]], folder: Path, kinds: Sequence[str] = ()) -> list[Path]:
@@ -211,7 +211,8 @@ def _styles(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     What a grade withholds is faint.
     """
     many = len(rows) > MANY
-    names = [re.split("[:-]", r["purifier"])[0] if many else r["purifier"] for r in rows]
+    alike = len({r["purifier"] for r in rows}) > MANY
+    names = [re.split("[:-]", r["purifier"])[0] if alike else r["purifier"] for r in rows]
     kinds, classifiers = (list(dict.fromkeys(found)) for found in (names, (r["classifier"] for r in rows)))
     return [
         {
@@ -236,7 +237,8 @@ def _points(axes: Any, rows: list[dict[str, Any]], key: str, across: float = 1) 
 
 def _legend(axes: Any) -> None:
     """Each name once, beside the figure."""
-    named = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    handles, names = axes.get_legend_handles_labels()
+    named = dict(sorted(zip(names, handles, strict=True), key=lambda item: item[0]))
     axes.legend(
         named.values(), named, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + (len(named) - 1) // 20
     )

@@ -123,6 +123,22 @@ def test_an_attack_on_an_encoder_and_other_threats(tmp_path, tiny_images, attack
     assert outcome(found.folder) == outcome(expected.folder)
 
 
+class Foreign(torch.nn.Module):
+    """A random purifier that knows of no tape."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
+
+
+def test_a_module_with_random_numbers_of_its_own(tmp_path, tiny_images):
+    run = {"attack": "pgd:steps=2,eot=2"} | SETTINGS
+    expected = evaluate(Defense(Foreign(), classifier().float()), tiny_images, out=tmp_path / "cpu", **run)
+    with pretend.device():
+        own = Defense(Foreign(), classifier().float())
+        found = evaluate(own, tiny_images, out=tmp_path / "there", device="cuda", **run)
+    assert outcome(found.folder) == outcome(expected.folder)
+
+
 # --- the commands
 
 
