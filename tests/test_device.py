@@ -15,6 +15,7 @@ from attacks._views import Exact
 from benchmark import audit, cli, evaluate, registry
 from benchmark import train as training
 from benchmark.cell import Cell, Incomplete, Settings
+from benchmark.plan import price
 from benchmark.train import train
 from purifiers import Batch, Defense, Tape
 from purifiers.vae import VAE
@@ -137,6 +138,51 @@ def test_a_module_with_random_numbers_of_its_own(tmp_path, tiny_images):
         own = Defense(Foreign(), classifier().float())
         found = evaluate(own, tiny_images, out=tmp_path / "there", device="cuda", **run)
     assert outcome(found.folder) == outcome(expected.folder)
+
+
+class Looking(torch.nn.Module):
+    """A classifier that notes how torch is set whenever it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.seen = classifier().float(), set()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.add(settings_of_torch())
+        return self.net(x)
+
+
+def settings_of_torch() -> tuple[bool, ...]:
+    """Whether TF32 is allowed, and whether kernels repeat."""
+    cudnn = torch.backends.cudnn
+    tf32 = torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32
+    return *tf32, cudnn.deterministic, cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("what", ["run", "price", "audit"])
+def test_arithmetic_repeats_while_numbers_are_made_and_torch_is_left_as_it_was(tmp_path, tiny_images, device, what):
+    cudnn, before = torch.backends.cudnn, settings_of_torch()
+    cudnn.allow_tf32 = cudnn.benchmark = True
+    chosen = settings_of_torch()
+    work = {"run": Cell.run, "price": price, "audit": audit.gradients}[what]
+    try:
+        with pretend.device() if device == "cuda" else nullcontext():
+            looking = Looking()
+            cell = Cell(
+                Defense(VAE(*VAE.parts(SHAPE).values()), looking), tiny_images, "pgd:steps=1,eot=1",
+                Settings(device=device, out=str(tmp_path), **SETTINGS),
+            )  # fmt: skip
+            cell.check_classes()
+            cell.fitting  # noqa: B018, measured before anything that counts
+            looking.seen.clear()
+            cell.check_classes = lambda: None
+            work(cell)
+        there = device == "cuda"
+        assert looking.seen == {(False, False, there, not there, there)}
+        assert settings_of_torch() == chosen
+    finally:
+        cudnn.allow_tf32, cudnn.benchmark = before[1], before[3]
 
 
 # --- the commands
