@@ -51,11 +51,7 @@ def gradients(cell: Cell) -> dict[str, Any]:
             "and --attacker, and name e.g. --attack pgd"
         )
     cell.check_classes()
-    with cell.prepared():
-        return _gradients(cell)
-
-
-def _gradients(cell: Cell) -> dict[str, Any]:
+    cell.prepare()
     n = cell.n
     x, y = cell.data.images(slice(0, n)).to(cell.device), cell.data.labels[:n].to(cell.device)
     ids = cell.data.ids[:n]

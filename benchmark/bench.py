@@ -32,7 +32,7 @@ from benchmark.alone import Alone, Network
 from benchmark.cell import Cell, Settings
 from benchmark.errors import UsageError
 from benchmark.preflight import Check
-from benchmark.repeatable import repeatable
+from benchmark.repeatable import make_repeatable
 from benchmark.results import environment
 from purifiers import Defense, Tape
 
@@ -80,14 +80,11 @@ class Bench:
         # of DiffPure's rules Euler-Maruyama's, unless told: what papers attack
         self.long = {"rule": "sde"} if "rule" in known and "rule" not in spec.options else {}
         self.tape = Tape(0, "attack", images.ids[:rows]).to(self.device)
+        make_repeatable(self.device)
         memory.keep_freed()
 
     def run(self, *, compiled: bool = False) -> dict[str, Any]:
         """Everything; with ``compiled`` also compiled networks, which takes minutes."""
-        with repeatable(self.device):
-            return self._run(compiled)
-
-    def _run(self, compiled: bool) -> dict[str, Any]:
         began = time.monotonic()
         lengths = [self._length(steps) for steps in tqdm(LENGTHS, desc="gradients", unit="length")]
         print("attacks, precisions, the network alone", file=sys.stderr, flush=True)

@@ -6,8 +6,6 @@ import copy
 import hashlib
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -26,7 +24,7 @@ from benchmark.engine import BLOCK, Engine, Incomplete
 from benchmark.errors import NotApplicableError, RunError, UsageError
 from benchmark.plan import Plan, plan
 from benchmark.preflight import accuracy_check, failures, preflight
-from benchmark.repeatable import repeatable
+from benchmark.repeatable import make_repeatable
 from benchmark.results import Run, environment, read_run
 from benchmark.views import View
 from purifiers import Defense, Purifier, Tape
@@ -320,19 +318,19 @@ class Cell:
         self.check_classes()
         if (caveat := self.attack.caveat(self.drawing)) and not s.quiet:
             print(f"note: {caveat}", file=sys.stderr)
-        with self.prepared():
-            while True:
-                try:
-                    self.folder.open(self.n, self.data.shape, rows=self.rows, mixed_environment=s.mixed_environment)
-                    self._preflight()
-                    Engine(self).run(began)
-                    return self.folder.finish()
-                except NotApplicable as error:
-                    self.folder.discard()
-                    raise NotApplicableError(f"{self}: not applicable: {error}") from error
-                except torch.cuda.OutOfMemoryError:
-                    pass  # the error holds on to the failed call's tensors: it must be gone before they are given back
-                self.halve()
+        self.prepare()
+        while True:
+            try:
+                self.folder.open(self.n, self.data.shape, rows=self.rows, mixed_environment=s.mixed_environment)
+                self._preflight()
+                Engine(self).run(began)
+                return self.folder.finish()
+            except NotApplicable as error:
+                self.folder.discard()
+                raise NotApplicableError(f"{self}: not applicable: {error}") from error
+            except torch.cuda.OutOfMemoryError:
+                pass  # the error holds on to the failed call's tensors: it must be gone before they are given back
+            self.halve()
 
     def left(self) -> list[int]:
         """The positions of the images that this process has yet to do."""
@@ -347,17 +345,15 @@ class Cell:
         groups = {p // BLOCK for p in self.left()}
         return sum(min(BLOCK, len(self.data) - g * BLOCK) for g in groups)
 
-    @contextmanager
-    def prepared(self) -> Iterator[None]:
-        """The machine made ready: arithmetic that repeats, an allocator that keeps what it has, networks compiled."""
+    def prepare(self) -> None:
+        """Make the machine ready: arithmetic that repeats, an allocator that keeps what it has, networks compiled."""
+        make_repeatable(self.device)
         memory.keep_freed()
         for defense in {self.defense, self.attacker}:
             if self.settings.compile:
                 for network in _networks(defense):
                     if network._compiled_call_impl is None:
                         network.compile(dynamic=False)
-        with repeatable(self.device):
-            yield
 
     def halve(self) -> None:
         """Halve the rows after memory ran out; searches under way begin again, for bytes may depend on rows.

@@ -124,15 +124,15 @@ def price(cell: Cell) -> Price:
         if fitting == 0:
             return Price(ROWS, 0, 0, None, 0, "doesn't fit", ROWS * feet.least, disk)
         fits = "fits" if fitting >= wanted else f"fits with {fitting} rows"
-        with cell.prepared():
-            while True:
-                try:
-                    forward, gradient = _forward(cell), _gradient(cell)
-                    break
-                except torch.cuda.OutOfMemoryError:
-                    pass
-                cell.halve()
-                fits = f"fits with {cell.rows} rows"
+        cell.prepare()
+        while True:
+            try:
+                forward, gradient = _forward(cell), _gradient(cell)
+                break
+            except torch.cuda.OutOfMemoryError:
+                pass
+            cell.halve()
+            fits = f"fits with {cell.rows} rows"
     except NotApplicable as error:
         raise NotApplicableError(f"{cell}: not applicable: {error}") from error
     except torch.cuda.OutOfMemoryError:  # for a single image

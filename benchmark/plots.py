@@ -22,7 +22,7 @@ STYLE: Any = {
 COLOURS = ("#0b5cad", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#0e7490", "#be185d", "#4b5563")
 MARKERS = "osD^vPX*"
 MANY = 12
-"""Above so many purifiers in one figure, a family is drawn alike; above so many defenses, small."""
+"""Above so many purifiers in one figure, a family is drawn alike; above so many defenses, markers are small."""
 
 
 def figures(runs: Iterable[dict[str, Any]], folder: Path, kinds: Sequence[str] = ()) -> list[Path]:

@@ -139,7 +139,7 @@ class Run:
             new.replace(self.folder / self.state)
 
     def load_state(self, device: torch.device) -> list[dict[str, Any]]:
-        """The searches that were under way, on whatever device, on this one."""
+        """The searches that were under way, moved to ``device`` from whichever they were saved on."""
         path = self.folder / self.state
         if not path.exists():
             return []

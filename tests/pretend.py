@@ -1,9 +1,9 @@
 """A second device on a machine without one: tensors that say they are on cuda:0 and are computed on the CPU.
 
 ``with device():`` makes torch see one GPU. What is moved or made there holds a CPU tensor out of sight, and behaves to
-Python as a tensor on a GPU does: an operation that mixes the two devices is refused, and so is NumPy. So whatever
-forgets to move a tensor fails here as it would there, and all else must end in the CPU's bytes. Kernels, their
-rounding, streams and memory are not pretended.
+Python as a tensor on a GPU does: an operation that mixes the two devices is refused, so is a CPU's generator, and so is
+NumPy. So most that forgets to move a tensor fails here as it would there, and all else must end in the CPU's bytes.
+Kernels, their rounding, autocast, streams and memory are not pretended.
 
 Below Python such a tensor is on the CPU, for autograd starts no thread for a device that isn't there. Where an
 operation or its derivative asks there for the device of its input, to make a constant, ``_dispatch`` corrects the
@@ -30,6 +30,8 @@ aten = torch.ops.aten
 MOVES = {aten.copy_.default, aten._to_copy.default}
 INDEXES = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 """Operations that take tensors of both devices: a tensor that is there may be indexed from here."""
+JOINS = {aten.cat.default, aten.stack.default, aten.index_select.default, aten.gather.default}
+"""Operations that don't take even a number, a tensor without dimensions, from here; most do."""
 
 
 class Pretended(Tensor):
@@ -100,14 +102,18 @@ def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
     flat, spec = tree_flatten((args, kwargs))
     tensors = [t for t in flat if isinstance(t, Tensor)]
     there = [t for t in tensors if isinstance(t, Pretended)]
-    here = [t for t in tensors if not isinstance(t, Pretended) and t.ndim > 0]
-    if there and func not in MOVES and (not isinstance(tensors[0], Pretended) if func in INDEXES else here):
-        raise RuntimeError(f"Expected all tensors to be on the same device: {func} got cuda:0 and cpu")
     goal = kwargs.get("device")
     within = _calls.there and not tensors if _calls.task == _backward() else True  # of no call by Python: a derivative
     if goal is not None and within:
         goal = THERE  # torch's own question, answered wrongly below Python
     on_device = there if goal is None else goal.type == "cuda"
+    if there and func not in MOVES:
+        ends = [tensors[0], *([tensors[-1]] if "put" in str(func) else [])] if func in INDEXES else tensors
+        least = 0 if func in JOINS else 1
+        if any(not isinstance(t, Pretended) and t.ndim >= least for t in ends):
+            raise RuntimeError(f"Expected all tensors to be on the same device: {func} got cuda:0 and cpu")
+    if on_device and any(isinstance(g, torch.Generator) for g in flat):
+        raise RuntimeError(f"Expected a 'cuda' device type for generator but found 'cpu': {func}")
 
     real = [t.held if isinstance(t, Pretended) else CPU if isinstance(t, torch.device) else t for t in flat]
     args_here, kwargs_here = tree_unflatten(real, spec)
