@@ -4,7 +4,7 @@
 # make bench  how near to the floor gradients and attacks run on this machine: results/bench/
 # make parity CIFAR10=DATASET          our attacks and samplers against published ones: results/parity.md
 # make cifar10 CIFAR10=DATASET [EXACT=DATASET]  our own CIFAR-10 models and their tables, into OUT (hours on a GPU)
-# make cifar10 SIZE=compact …                    the same of networks for two cores (a few hours)
+# make cifar10 SIZE=compact …                    the same of networks for two cores (half a day)
 PYTHON ?= python3
 ARGS ?=
 OUT ?= results/mine

@@ -213,7 +213,7 @@ def _styles(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     many = len(rows) > MANY
     alike = len({r["purifier"] for r in rows}) > MANY
     names = [re.split("[:-]", r["purifier"])[0] if alike else r["purifier"] for r in rows]
-    kinds, classifiers = (list(dict.fromkeys(found)) for found in (names, (r["classifier"] for r in rows)))
+    kinds, classifiers = list(dict.fromkeys(names)), sorted({r["classifier"] for r in rows})
     return [
         {
             "color": COLOURS[kinds.index(name) % len(COLOURS)],
