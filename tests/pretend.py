@@ -103,8 +103,8 @@ def _dispatch(func: Any, args: tuple, kwargs: dict) -> Any:
     tensors = [t for t in flat if isinstance(t, Tensor)]
     there = [t for t in tensors if isinstance(t, Pretended)]
     goal = kwargs.get("device")
-    within = _calls.there and not tensors if _calls.task == _backward() else True  # of no call by Python: a derivative
-    if goal is not None and within:
+    derivative = _calls.task != _backward()  # the backward pass asks, no call of Python's within it
+    if goal is not None and (derivative or (_calls.there and not tensors)):
         goal = THERE  # torch's own question, answered wrongly below Python
     on_device = there if goal is None else goal.type == "cuda"
     if there and func not in MOVES:
