@@ -63,14 +63,33 @@ class TF32(Precision):
         return _tensor_cores()
 
 
+def get_tf32() -> tuple[bool, bool]:
+    """Whether TF32 is allowed on a GPU: in products, in convolutions."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(cudnn, "conv"):  # since torch 2.9; the older switches can't be read where a caller has set these
+        return matmul.fp32_precision == "tf32", cudnn.conv.fp32_precision == "tf32"
+    return matmul.allow_tf32, cudnn.allow_tf32
+
+
+def set_tf32(products: bool, convolutions: bool) -> None:
+    """Allow TF32 on a GPU or forbid it, in both of torch's interfaces.
+
+    The older alone, set to false, leaves convolutions to what a caller asked of the newer.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul.allow_tf32, cudnn.allow_tf32 = products, convolutions
+    if hasattr(cudnn, "conv"):
+        matmul.fp32_precision, cudnn.conv.fp32_precision = ("tf32" if on else "ieee" for on in (products, convolutions))
+
+
 @contextmanager
 def _tensor_cores() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    before = get_tf32()
+    set_tf32(True, True)
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        set_tf32(*before)
 
 
 PRECISIONS: dict[str, type[Precision]] = {"float32": Precision, "float64": Float64, "tf32": TF32, "bf16": BF16}

@@ -15,7 +15,6 @@ from attacks._views import Exact
 from benchmark import audit, cli, evaluate, registry
 from benchmark import train as training
 from benchmark.cell import Cell, Incomplete, Settings
-from benchmark.plan import price
 from benchmark.train import train
 from purifiers import Batch, Defense, Purifier, Tape
 from purifiers.vae import VAE
@@ -146,38 +145,6 @@ def test_a_module_with_random_numbers_of_its_own(tmp_path, tiny_images):
         own = Defense(Foreign(0.1), classifier().float())
         found = evaluate(own, tiny_images, out=tmp_path / "there", device="cuda", **run)
     assert outcome(found.folder) == outcome(expected.folder)
-
-
-class Looking(torch.nn.Module):
-    """A classifier that notes how torch is set whenever gradients are taken."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, self.seen = classifier().float(), []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.seen.append(settings_of_torch())
-        return self.net(x)
-
-
-def settings_of_torch() -> tuple[bool, ...]:
-    """Whether TF32 is allowed in products and convolutions; whether cuDNN repeats itself, and whether it races."""
-    cudnn = torch.backends.cudnn
-    return torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("what", ["run", "price", "audit"])
-def test_arithmetic_repeats_where_numbers_are_made(tmp_path, tiny_images, monkeypatch, device, what):
-    cudnn = torch.backends.cudnn
-    for name, other in (("allow_tf32", True), ("deterministic", False), ("benchmark", True)):
-        monkeypatch.setattr(cudnn, name, other)
-    looking = Looking()
-    defense = Defense(VAE(*VAE.parts(SHAPE).values()), looking)
-    with pretend.device() if device == "cuda" else nullcontext():
-        cell = Cell(defense, tiny_images, "pgd:steps=1,eot=1", Settings(device=device, out=str(tmp_path), **SETTINGS))
-        {"run": Cell.run, "price": price, "audit": audit.gradients}[what](cell)
-    assert looking.seen[-1] == (False, False, *((True, False) if device == "cuda" else (False, True)))
 
 
 # --- the commands

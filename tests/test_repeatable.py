@@ -1,0 +1,95 @@
+"""float32 is float32, whatever a caller asked of torch before; on a GPU convolutions repeat."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+
+from attacks._precision import PRECISIONS, get_tf32, set_tf32
+from benchmark import audit
+from benchmark.cell import Cell, Settings
+from benchmark.plan import price
+from benchmark.repeatable import make_repeatable
+from purifiers import Defense
+from purifiers.vae import VAE
+from tests import pretend
+from tests.conftest import SHAPE, classifier
+
+
+class Looking(torch.nn.Module):
+    """A classifier that notes how torch is set whenever gradients are taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.seen = classifier().float(), []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(settings_of_torch())
+        return self.net(x)
+
+
+def settings_of_torch() -> tuple:
+    """How exact products are; whether TF32 is allowed in them, in convolutions; whether cuDNN repeats itself, races."""
+    cudnn = torch.backends.cudnn
+    return torch.get_float32_matmul_precision(), *get_tf32(), cudnn.deterministic, cudnn.benchmark
+
+
+@pytest.fixture
+def torch_as_it_was():
+    before = get_tf32()
+    yield
+    make_repeatable(torch.device("cpu"))
+    set_tf32(*before)
+
+
+def named(part: Any, value: str) -> None:
+    if not hasattr(torch.backends.cudnn, "conv"):
+        pytest.skip("torch names its precisions since 2.9")
+    part.fp32_precision = value
+
+
+ASKED = {  # by a caller, in one of torch's ways
+    "nothing": lambda: None,
+    "switches": lambda: setattr(torch.backends.cudnn, "allow_tf32", True),
+    "products": lambda: torch.set_float32_matmul_precision("medium"),
+    "named": lambda: [named(part, "tf32") for part in (torch.backends.cuda.matmul, torch.backends.cudnn.conv)],
+    "apart": lambda: [named(torch.backends.cuda.matmul, "tf32"), named(torch.backends.cudnn.conv, "ieee")],
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_tensor_cores_are_left_as_they_were_found(torch_as_it_was, asked):
+    ASKED[asked]()
+    found = get_tf32()
+    with PRECISIONS["tf32"]().context("cuda"):
+        assert get_tf32() == (True, True)
+    assert get_tf32() == found
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_float32_is_float32_whatever_a_caller_asked_for(torch_as_it_was, asked):
+    left, right = torch.rand(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    make_repeatable(torch.device("cpu"))
+    expected = left @ right
+    ASKED[asked]()
+    make_repeatable(torch.device("cpu"))
+    assert settings_of_torch()[:3] == ("highest", False, False)
+    assert torch.equal(left @ right, expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("what", ["run", "price", "audit"])
+def test_arithmetic_repeats_where_numbers_are_made(tmp_path, tiny_images, monkeypatch, torch_as_it_was, device, what):
+    ASKED["switches"]()
+    for name, other in (("deterministic", False), ("benchmark", True)):
+        monkeypatch.setattr(torch.backends.cudnn, name, other)
+    looking = Looking()
+    defense = Defense(VAE(*VAE.parts(SHAPE).values()), looking)
+    with pretend.device() if device == "cuda" else nullcontext():
+        settings = Settings(device=device, out=str(tmp_path), eps="0.1", n=2, rows=32, draws=3, quiet=True)
+        cell = Cell(defense, tiny_images, "pgd:steps=1,eot=1", settings)
+        {"run": Cell.run, "price": price, "audit": audit.gradients}[what](cell)
+    assert looking.seen[-1] == ("highest", False, False, *((True, False) if device == "cuda" else (False, True)))
