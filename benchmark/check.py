@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from fractions import Fraction
 from typing import Any
 
@@ -18,7 +17,7 @@ from benchmark import checkpoints, config, defenses, registry
 from benchmark.checkpoints import Need
 from benchmark.data import Dataset
 from benchmark.errors import RunError, UsageError
-from benchmark.plan import plan
+from benchmark.plan import plan, stopwatch
 from benchmark.preflight import Check, accuracy_check, preflight
 from benchmark.views import View
 from purifiers import Defense, Purifier, Tape
@@ -37,7 +36,7 @@ def component(kind: str, spec: str, need: Need, images: Dataset) -> list[Check]:
         kind: "purifier", "classifier" or "attack".
         spec: which.
         need: the data set's form, and where weights are.
-        images: a few images of it, 64 if there are.
+        images: a few images of it, 64 if there are, on the device where the component is checked.
 
     Raises:
         UsageError: if the component can't be built.
@@ -58,7 +57,7 @@ def purifier(spec: str, need: Need, images: Dataset) -> list[Check]:
     known = checkpoints.cards(need.form.family, need.roots)
     named = next((n for n, card in known.items() if checkpoints.read_card(card)["kind"] == "classifiers"), None)
     f = checkpoints.build("classifiers", named, need).module if named else Linear(need.form.shape, need.form.classes)
-    defense = defenses.tamed(Defense(g, f), images.images(slice(0, 8)))
+    defense = defenses.tamed(Defense(g, f).to(images.device), images.images(slice(0, 8)))
     view = View("auto").fitting(defense.purifier)
     checks = [Check("view", "pass", str(view), "", "")] + preflight(
         defense, view(1), images.images(FEW), images.labels[FEW], images.ids[FEW], seed=0, rows=ROWS
@@ -71,9 +70,9 @@ def purifier(spec: str, need: Need, images: Dataset) -> list[Check]:
 def classifier(spec: str, need: Need, images: Dataset) -> list[Check]:
     """A classifier without a purifier; the checks of a checkpoint's accuracy with it."""
     found = checkpoints.build("classifiers", spec, need)
-    defense = Defense(registry.load("purifiers", "identity")(), found.module)
+    defense = Defense(registry.load("purifiers", "identity")(), found.module).to(images.device)
     with torch.no_grad():
-        logits = found.module(images.images(slice(0, 4)))
+        logits = defense.classifier(images.images(slice(0, 4)))
     shape = (min(4, len(images)), need.form.classes)
     checks = [
         Check(
@@ -91,7 +90,7 @@ def classifier(spec: str, need: Need, images: Dataset) -> list[Check]:
         checks.append(Check("clean-accuracy", "n/a", "", "", "neither a card nor a leaderboard states its accuracy"))
     else:
         x, y = images.images(few), images.labels[few]
-        checks.append(accuracy_check(found.module, x, y, found.accuracy, rows=ROWS))
+        checks.append(accuracy_check(defense.classifier, x, y, found.accuracy, rows=ROWS))
     return checks if any(c.status == "fail" for c in checks) else [*checks, *_cost(defense, images)]
 
 
@@ -107,18 +106,18 @@ def attack(spec: str, need: Need, images: Dataset) -> list[Check]:
     if need.norm not in NORMS:
         raise UsageError(registry.unknown("norm", need.norm, sorted(NORMS)))
     norm = need.norm if need.norm in made.norms else made.norms[0]
-    n = 4
-    model = Linear(need.form.shape, max(need.form.classes, 3), two=True)
-    x = 0.25 + 0.5 * images.images(slice(0, n))
+    model = Linear(need.form.shape, max(need.form.classes, 3), two=True).to(images.device)
+    x = 0.25 + 0.5 * images.images(FEW)
     y = model(x).argmax(1)
+    ids = torch.arange(len(x), device=x.device)
     threat = NORMS[norm]({"Linf": Fraction(1, 64), "L2": Fraction(1, 2), "StAdv": Fraction(1, 20)}[norm])
     quiet, noisy = (Defense(Noisy(sigma=s), model) for s in (0.0, 0.02))
     before = _generators()
     try:
-        found = made.perturb(x, y, _victim(noisy, n, True), threat)
-        again = made.perturb(x, y, _victim(noisy, n, True), threat)
-        alone = made.perturb(x[1:2], y[1:2], _victim(noisy, n, True, slice(1, 2)), threat)
-        plain = made.perturb(x, y, _victim(quiet, n, True), threat)
+        found = made.perturb(x, y, _victim(noisy, ids), threat)
+        again = made.perturb(x, y, _victim(noisy, ids), threat)
+        alone = made.perturb(x[1:2], y[1:2], _victim(noisy, ids[1:2]), threat)
+        plain = made.perturb(x, y, _victim(quiet, ids), threat)
     except AttackError as error:
         advice = "return finite images of the shape given, projected into the threat model"
         return [Check("inside-the-threat-model", "fail", str(error), "at most 1e-6 outside", advice)]
@@ -185,10 +184,8 @@ class Noisy(Purifier):
         return state
 
 
-def _victim(defense: Defense, n: int, stochastic: bool, rows: slice = slice(None)) -> Victim:
-    return Victim(
-        defense, VIEWS["exact"](), Tape(0, "attack", torch.arange(n)[rows]), Calls(ROWS), stochastic=stochastic
-    )
+def _victim(defense: Defense, ids: Tensor) -> Victim:
+    return Victim(defense, VIEWS["exact"](), Tape(0, "attack", ids), Calls(ROWS), stochastic=True)
 
 
 def _generators() -> list:
@@ -215,15 +212,11 @@ def _floor(defense: Defense, images: Dataset, classifier: str | None) -> Check:
 
 
 def _cost(defense: Defense, images: Dataset) -> list[Check]:
-    """What runs would cost on this machine, from one timed gradient of 32 rows."""
-    x = images.images(torch.arange(ROWS) % len(images))
-    tape = Tape(0, "attack", torch.arange(ROWS))
-    victim = Victim(defense, Exact(keep=1), tape, Calls(ROWS), stochastic=defense.stochastic)
-    y = images.labels[torch.arange(ROWS) % len(images)]
-
-    began = time.perf_counter()
-    victim.evaluate(x, y, ce, "cost", eot=1)
-    seconds = (time.perf_counter() - began) / ROWS
+    """What runs would cost on this machine, from one timed gradient."""
+    rows = torch.arange(ROWS) % len(images)
+    tape = Tape(0, "attack", torch.arange(ROWS)).to(images.device)
+    ask = Request(defense, Exact(keep=1), images.images(rows), tape, 1, ce, (images.labels[rows],), gradient=True)
+    a_row = stopwatch(Calls(ROWS), ask) / ROWS
     checks = []
     for name in ("quick", "paper"):
         budget = config.BUDGETS[name]
@@ -232,7 +225,7 @@ def _cost(defense: Defense, images: Dataset) -> list[Check]:
         made = component(**options)
         draws, select = (budget.draws, budget.select) if defense.stochastic else (1, 1)
         cost = plan(made, stochastic=defense.stochastic, nfe=defense.nfe, n=budget.n, select=select, draws=draws)
-        hours = cost.n * (cost.backwards + (cost.forwards - cost.backwards) / 3) * seconds / 3600
+        hours = cost.n * (cost.backwards + (cost.forwards - cost.backwards) / 3) * a_row / 3600
         time_text = "about " + (f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:,.0f} min")
         checks.append(
             Check(

@@ -85,6 +85,10 @@ class Dataset:
         return self.form.shape
 
     @property
+    def device(self) -> torch.device:
+        return self.pixels.device
+
+    @property
     def family(self) -> str:
         """What radii and weights are filed under."""
         return self.form.family
@@ -97,6 +101,10 @@ class Dataset:
         """float32 images in [0, 1] of some rows."""
         chosen = self.pixels[rows]
         return chosen.float() / 255 if chosen.dtype == torch.uint8 else chosen
+
+    def to(self, device: str) -> Dataset:
+        """The examples on a device."""
+        return replace(self, **{part: getattr(self, part).to(device) for part in ("pixels", "labels", "ids")})
 
     def first(self, n: int) -> Dataset:
         """The first n of the order; an error if there are fewer."""

@@ -192,13 +192,15 @@ def _seconds(cell: Cell, defense: Defense, what: str, request: Request) -> float
     timed = TIMED.setdefault(defense, {})
     key = (what, cell.rows, cell.keep)
     if key not in timed:
-        timed[key] = _once(calls, request, cell.device)
+        timed[key] = stopwatch(calls, request)
         if timed[key] < 5 or cell.settings.compile:
-            timed[key] = _once(calls, request, cell.device)
+            timed[key] = stopwatch(calls, request)
     return timed[key]
 
 
-def _once(calls: Calls, request: Request, device: torch.device) -> float:
+def stopwatch(calls: Calls, request: Request) -> float:
+    """How long an answer takes, until the device has it."""
+    device = request.x.device
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = time.perf_counter()

@@ -14,7 +14,16 @@ from purifiers import Tape
 from purifiers._base import call
 
 
-def purify(source: Path, target: Path, purifier: str, need: checkpoints.Need, *, resize: bool, seed: int) -> str:
+def purify(
+    source: Path,
+    target: Path,
+    purifier: str,
+    need: checkpoints.Need,
+    *,
+    resize: bool,
+    seed: int,
+    device: str = "cpu",
+) -> str:
     """Write a purified copy of an image; returns the purifier's canonical spec, and what else was done to the image.
 
     The image is read in the data set's channels, 8 bits each. Draws depend on the seed alone.
@@ -44,8 +53,9 @@ def purify(source: Path, target: Path, purifier: str, need: checkpoints.Need, *,
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     component = checkpoints.build("purifiers", purifier, need)
     x = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).view(1, height, width, -1).permute(0, 3, 1, 2)
+    tape = Tape(seed, "purify", torch.zeros(1, dtype=torch.long)).to(device)
     with torch.no_grad():
-        clean = call(component.module, x.contiguous(), Tape(seed, "purify", torch.zeros(1, dtype=torch.long)))
+        clean = call(component.module.to(device), x.contiguous().to(device), tape).cpu()
     pixels = (clean[0].clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     try:
         Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(target)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from attacks._gradient import ce
 from attacks._views import Exact
@@ -183,6 +184,40 @@ def test_a_training_stopped_on_one_device_goes_on_on_another(tmp_path, tiny, bef
     stopped = fitted("stopped", after)
     assert training.paused(stopped) is None and (stopped / "samples.png").exists()
     assert weights(stopped) == weights(fitted("whole", "cpu"))
+
+
+HOMEBOUND = """
+import torch
+from purifiers import Purifier
+class Mine(Purifier):
+    stochastic = False
+    def start(self, x, noise): return x + {made}, None
+    def finish(self, state, context): return state.clamp(0, 1)
+"""
+
+
+@pytest.mark.parametrize("component", ["--purifier diffpure", "--classifier resnet", "--attack apgd"])
+def test_a_component_is_checked_there(gpu, capsys, component):
+    assert cli.main(["check", *component.split(), "--device", "cuda"]) == 0
+    assert "planned-cost" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("made, code", [("torch.zeros(1, 28, 28)", 1), ("torch.zeros(1, 28, 28).to(x)", 0)])
+def test_a_purifier_that_stays_at_home_fails_its_check(tmp_path, capsys, made, code):
+    (tmp_path / "mine.py").write_text(HOMEBOUND.format(made=made))
+    spec = f"file:{tmp_path / 'mine.py'}:Mine"
+    assert cli.main(["check", "--purifier", spec, "--device", "cpu"]) == 0
+    with pretend.device():
+        assert cli.main(["check", "--purifier", spec, "--device", "cuda"]) == code
+    assert ("FAIL" in capsys.readouterr().out) == bool(code)
+
+
+def test_a_file_is_purified_there(gpu, tmp_path):
+    Image.fromarray((255 * images(1)[0, 0].float()).byte().numpy()).save(tmp_path / "photo.png")
+    for device in ("cpu", "cuda"):
+        command = ["purify", str(tmp_path / "photo.png"), "--resize", "--out", str(tmp_path / f"{device}.png")]
+        assert cli.main([*command, "--device", device]) == 0
+    assert (tmp_path / "cpu.png").read_bytes() == (tmp_path / "cuda.png").read_bytes()
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])  # asked for there; computed in float32 here

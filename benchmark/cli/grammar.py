@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     purify.add_argument("--out", type=Path, required=True, metavar="FILE", help="e.g. clean.png; must not exist")
     purify.add_argument("--resize", action="store_true", help="scale an image of another size to the data set's")
     purify.add_argument("--seed", type=int, default=0, help="of the draw (0)")
+    _device(purify)
     _files(purify)
 
     sample = _command(commands, "sample", "draw images from a purifier's own model, as a grid")
@@ -75,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     sample.add_argument("--count", type=int, default=64, metavar="N", help="images (64)")
     sample.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="must not exist")
     sample.add_argument("--seed", type=int, default=0, help="of the draws (0)")
-    sample.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
+    _device(sample)
     _files(sample)
 
     tables = _command(commands, "tables", "make the generated tables of Markdown files anew")
@@ -86,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--purifier", metavar="SPEC", help="e.g. file:mine.py:Mine")
     check.add_argument("--classifier", metavar="SPEC", help="e.g. robustbench:Carmon2019Unlabeled")
     check.add_argument("--attack", metavar="SPEC", help="e.g. file:mine.py:MyAttack")
+    _device(check)
     _files(check)
     check.add_argument("--json", action="store_true", help="one object: specs to their checks")
 
@@ -95,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
         "--images", type=int, default=32, metavar="N", help="attacked again, from the first; 0: only look (32)"
     )
     verify.add_argument("--dataset", metavar="DATASET", help="where it is, of runs on files: parquet:PATH")
-    verify.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
+    _device(verify)
     _sources(verify)
     verify.add_argument("--json", action="store_true", help="one object: folders to their checks")
 
@@ -109,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--purifier", default="diffpure", metavar="SPEC", help="with an option steps (diffpure)")
     bench.add_argument("--classifier", default="resnet", metavar="SPEC", help="(resnet)")
     bench.add_argument("--dataset", default="fashion-mnist", help="a data set's spec (fashion-mnist)")
-    bench.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
+    _device(bench)
     bench.add_argument("--weights", metavar="FOLDER", help="a folder with further cards and checkpoints")
     bench.add_argument("--batch-size", type=int, default=8, metavar="ROWS", help="held against the floors (8)")
     bench.add_argument("--repetitions", type=int, default=2, metavar="N", help="of each measurement (2)")
@@ -141,7 +143,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--out", default="weights", metavar="FOLDER", help="written to FOLDER/DATASET/NAME (weights)")
     train.add_argument("--data-dir", metavar="FOLDER", help="where the data set lies or goes")
     train.add_argument("--epochs", type=int, help="other than the recipe's; the card says so")
-    train.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
+    _device(train)
     return top
 
 
@@ -235,7 +237,7 @@ def _what(sub: argparse.ArgumentParser) -> None:
     effort.add_argument("--seeds", metavar="LIST", help="several in turn, e.g. 0,1,2; the table states their spread")
     machine = sub.add_argument_group("machine and files")
     machine.add_argument("--batch-size", type=int, metavar="ROWS", help="rows of every network call, a multiple of 32")
-    machine.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
+    _device(machine)
     machine.add_argument(
         "--precision",
         default="float32",
@@ -263,6 +265,10 @@ def _how(sub: argparse.ArgumentParser) -> None:
         metavar="I/N",
         help="do every N-th group of 32 images; N such commands with the same --out share a run",
     )
+
+
+def _device(group: Any) -> None:
+    group.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
 
 
 def _sources(group: Any) -> None:

@@ -17,7 +17,7 @@ def purify(arguments: argparse.Namespace) -> int:
 
     spec = purify(
         arguments.image, arguments.out, arguments.purifier, needed(arguments), resize=arguments.resize,
-        seed=arguments.seed,
+        seed=arguments.seed, device=device_of(arguments.device),
     )  # fmt: skip
     print(f"purified by {spec}", file=sys.stderr)
     print(arguments.out)
@@ -133,6 +133,7 @@ def check(arguments: argparse.Namespace) -> int:
         raise UsageError("name what to check: --purifier, --classifier or --attack SPEC")
     need = needed(arguments)
     images = data.load(arguments.dataset, 64, data_dir=arguments.data_dir, offline=arguments.offline)
+    images = images.first(min(64, len(images))).to(device_of(arguments.device))
     checks = {spec: check.component(kind, spec, need, images) for kind, spec in wanted.items()}
     if arguments.json:
         texts = {spec: [c._asdict() | {"value": str(c.value)} for c in found] for spec, found in checks.items()}
