@@ -22,17 +22,21 @@ ASSET = Path(__file__).parent / "assets" / "leaderboard.html"
 SHOWN_COLUMNS = ("dataset", "purifier", "classifier", "display", "view", "n", "draws", "nfe", "grade")
 
 
-def page(runs: Iterable[dict[str, Any]]) -> str:
+def page(runs: Iterable[dict[str, Any]], beside: Iterable[dict[str, Any]] = ()) -> str:
     """HTML that asks nothing of a network: rows to sort and filter, each with protocol, command, pictures and records.
 
     A threat model is never mixed with another, nor a budget or a number of images: one is shown at a time. Every
     accuracy stands under every rule that the records can tell, clean and robust alike.
+
+    Args:
+        runs: those that are shown.
+        beside: more that speak in the grades.
     """
     runs = [run for run in runs if run["records"]]
     chosen: list[evidence.Row] = [(run, run["records"], [run]) for run in runs]
     chosen += evidence.worst_cases(runs)
     leading = {_name(of) for _, _, of in evidence.headline(runs)}
-    graded = grades(chosen, runs)
+    graded = grades(chosen, [*runs, *beside])
     tables = {rule: report.assembled(chosen, runs, rule, graded) for rule in RULES}
     heads = [k for k, (_, _, of) in enumerate(chosen) if _name(of) in leading]
     places = dict(zip(heads, report.ranked(tables["mean"].only(heads)), strict=True))

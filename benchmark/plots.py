@@ -25,7 +25,9 @@ MANY = 12
 """Above so many purifiers in one figure, a family is drawn alike; above so many defenses, markers are small."""
 
 
-def figures(runs: Iterable[dict[str, Any]], folder: Path, kinds: Sequence[str] = ()) -> list[Path]:
+def figures(
+    runs: Iterable[dict[str, Any]], folder: Path, kinds: Sequence[str] = (), beside: Sequence[dict[str, Any]] = ()
+) -> list[Path]:
     """Every figure that the runs can make; returns the files written.
 
     - ``clean-robust``: a point per defense with the intervals of both accuracies, and the Pareto front. Faint is what
@@ -43,6 +45,7 @@ def figures(runs: Iterable[dict[str, Any]], folder: Path, kinds: Sequence[str] =
         runs: with their records.
         folder: where the files go.
         kinds: only figures whose names begin with one of these; all without.
+        beside: runs that speak in the grades, and are nowhere drawn.
 
     Raises:
         UsageError: if there is nothing to draw.
@@ -53,7 +56,7 @@ def figures(runs: Iterable[dict[str, Any]], folder: Path, kinds: Sequence[str] =
     from matplotlib import pyplot as plt
 
     wanted = tuple(slug(kind) for kind in kinds if kind)
-    drawable = [(slug(name.replace("/", "-")), draw, rows) for name, draw, rows in _drawn(list(runs))]
+    drawable = [(slug(name.replace("/", "-")), draw, rows) for name, draw, rows in _drawn(list(runs), beside)]
     drawn = [drawing for drawing in drawable if not wanted or drawing[0].startswith(wanted)]
     unmet = [kind for kind in wanted if not any(name.startswith(kind) for name, _, _ in drawable)]
     if not drawn or unmet:
@@ -73,8 +76,8 @@ Drawing = tuple[str, Callable[[Any], Any], list[dict[str, Any]]]
 """A figure's name, what draws it on pyplot, and the rows that it shows."""
 
 
-def _drawn(runs: list[dict[str, Any]]) -> Iterator[Drawing]:
-    speaking = report.assembled(evidence.headline(runs), runs)
+def _drawn(runs: list[dict[str, Any]], beside: Sequence[dict[str, Any]]) -> Iterator[Drawing]:
+    speaking = report.assembled(evidence.headline(runs), [*runs, *beside])
     for part in speaking.parts():
         rows = [row for row in speaking.only(part).rows if row["grade"]]
         if not rows:

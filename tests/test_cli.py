@@ -470,7 +470,6 @@ def test_what_isnt_comparable_is_refused(recorded, tmp_path, capsys):
         (["--images", "3"], "a table takes no --images"),
         (["--out", "site"], "--out is for html and figures"),
         (["--format", "html", "--rule", "worst"], "leave out --rule"),
-        (["--format", "html", "--where", "eps=0.1"], "leave out --where"),
         (["--format", "csv", "--with-published"], "--with-published is for Markdown"),
         (["--compact", "--bibtex"], "not allowed with"),
     ],

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from benchmark import audit, cli, evidence, grades, report, stats, writers
@@ -239,13 +241,34 @@ def test_rows_that_are_left_out_still_speak_in_the_grades(capsys):
     assert same.split(" | ")[:-2] == line.split(" | ")[:-2] and same.split(" | ")[-1] == line.split(" | ")[-1]
 
 
+def test_a_figure_and_the_page_show_a_part_with_the_grades_of_all(tmp_path, capsys):
+    """Of the checks, which attack fewer images, the stronger one speaks in a grade and draws no point."""
+    recorded, beside = (str(ROOT / "results" / name) for name in ("headline", "checks"))
+    part = ["--where", "eps=16/255", "--where", "purifier=vae", "--beside", beside]
+    told = ["report", recorded, *part, "--format", "html", "--out", str(tmp_path)]
+    drawn = ["report", recorded, *part, "--figures", "clean-robust,cost", "--out", str(tmp_path)]
+    assert cli.main(told) == cli.main(drawn) == cli.DONE
+    (csv,) = tmp_path.glob("clean-robust*.csv")
+    points = pd.read_csv(csv)
+    assert set(points["purifier"]) == {"vae"} and set(points["eps"]) == {"16/255"}
+    text = (tmp_path / "index.html").read_text()
+    rows = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])["rows"]
+    assert {(row["purifier"], row["threat"]) for row in rows} == {("vae", "Linf 16/255")}
+    assert cli.main(["report", recorded, *part, "--compact"]) == cli.DONE
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| vae ")]
+    letters = {line.split(" | ")[1]: line.rstrip(" |")[-1] for line in table}
+    assert letters == dict(zip(points["classifier"], points["grade"], strict=True))
+    assert letters == {row["classifier"]: row["grade"] for row in rows if row["leading"]}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--where", "eps=1/255"], "there are 0.1, 16/255"),
         (["--where", "attack=pgd"], "attacks can't be left out of a worst case"),
         (["--where", "eps"], "expected NAME=VALUE"),
-        (["--figures", "--where", "eps=0.1"], "--figures takes no --where"),
+        (["--gallery", "--where", "eps=0.1"], "--gallery takes no --where"),
+        (["--format", "html", "--where", "attack=pgd"], "attacks can't be left out of a worst case"),
     ],
 )
 def test_no_condition_leaves_out_what_a_defense_met(words, message, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,10 +32,10 @@ def _table(arguments: argparse.Namespace) -> str:
 
     form = arguments.format or "md"
     if form == "html":
-        for option in ("rule", "columns", "sort", "with_published", "worst_case", "beside", "where"):
+        for option in ("rule", "columns", "sort", "with_published", "worst_case"):
             if getattr(arguments, option) is not None:
                 raise UsageError(f"the page sorts, filters and takes every rule itself: leave out --{option}")
-        return _page(_runs(arguments).chosen, arguments.out)
+        return _page(_runs(arguments), arguments.out)
     if arguments.out:
         raise UsageError(f"--out is for html and figures; {form} is printed: redirect it into a file")
     if arguments.with_published and form != "md":
@@ -103,10 +103,10 @@ def _match(arguments: argparse.Namespace) -> str:
 
 def _figures(arguments: argparse.Namespace) -> str:
     from benchmark.plots import figures
-    from benchmark.results import find_runs
 
+    runs = _runs(arguments)
     kinds = arguments.figures.split(",") if arguments.figures else ()
-    written = figures(find_runs(arguments.paths), Path(arguments.out or "figures"), kinds)
+    written = figures(runs.chosen, Path(arguments.out or "figures"), kinds, runs.beside)
     return "".join(f"{path}\n" for path in written)
 
 
@@ -183,15 +183,16 @@ def diagnose(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def _page(runs: Sequence[dict[str, Any]], out: str | None) -> str:
+def _page(runs: Runs, out: str | None) -> str:
     from benchmark.page import page
     from benchmark.results import replace
 
+    text = page(runs.chosen, runs.beside)
     if out is None:
-        return page(runs)
+        return text
     target = Path(out) / "index.html"
     target.parent.mkdir(parents=True, exist_ok=True)
-    replace(target, page(runs))
+    replace(target, text)
     return f"{target}\n"
 
 
@@ -236,7 +237,7 @@ REPORTS: dict[str, tuple[Callable[[argparse.Namespace], str], tuple[str, ...]]] 
     "compact": (_compact, ("rule", "beside", "where")),
     "compare": (_compare, ("format",)),
     "match": (_match, ("columns", "where")),
-    "figures": (_figures, ("out",)),
+    "figures": (_figures, ("out", "beside", "where")),
     "gallery": (_gallery, ("images", "weights", "data_dir")),
     "bibtex": (_bibtex, ("where",)),
     "table": (_table, ("format", "rule", "worst_case", "columns", "sort", "with_published", "out", "beside", "where")),
