@@ -242,8 +242,8 @@ def test_rows_that_are_left_out_still_speak_in_the_grades(capsys):
 
 
 def test_a_figure_and_the_page_show_a_part_with_the_grades_of_all(tmp_path, capsys):
-    """Of the checks, which attack fewer images, the stronger one speaks in a grade and draws no point."""
-    recorded, beside = (str(ROOT / "results" / name) for name in ("headline", "checks"))
+    """The eight attacks, on fewer images, speak in a grade and draw no point."""
+    recorded, beside = (str(ROOT / "results" / name) for name in ("headline", "eight"))
     part = ["--where", "eps=16/255", "--where", "purifier=vae", "--beside", beside]
     told = ["report", recorded, *part, "--format", "html", "--out", str(tmp_path)]
     drawn = ["report", recorded, *part, "--figures", "clean-robust,cost", "--out", str(tmp_path)]
@@ -257,6 +257,7 @@ def test_a_figure_and_the_page_show_a_part_with_the_grades_of_all(tmp_path, caps
     assert cli.main(["report", recorded, *part, "--compact"]) == cli.DONE
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| vae ")]
     letters = {line.split(" | ")[1]: line.rstrip(" |")[-1] for line in table}
+    assert letters == {"resnet": "B", "resnet-at": "C"}, "B for the search without gradients that is recorded beside"
     assert letters == dict(zip(points["classifier"], points["grade"], strict=True))
     assert letters == {row["classifier"]: row["grade"] for row in rows if row["leading"]}
 
