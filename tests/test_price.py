@@ -26,6 +26,7 @@ from benchmark.errors import RunError
 from benchmark.plan import Price, duration, price
 from benchmark.results import find_runs, read_run
 from purifiers import Defense, Noise, Purifier, Tape
+from tests import pretend
 from tests.conftest import classifier, images, smooth
 from tests.test_cli import tiny_cards
 from tests.test_evaluate import Linear, TwoLogits, gaussian
@@ -578,6 +579,15 @@ def test_bench_prints_one_object_and_writes_it_under_the_name_of_the_device(time
     assert timed(str(tmp_path / "other.json")) == cli.USAGE
     assert "isn't what bench --json prints" in capsys.readouterr().err
     assert "2 rows, 1 repetitions" in text and "| occupancy | " in text and "| float64 | 1.000000" in text
+
+
+def test_bench_on_a_gpu(timed, monkeypatch, capsys):
+    monkeypatch.setattr(bench.Bench, "_profile", lambda self: "")  # torch's profiler looks for memory that isn't there
+    with pretend.device():
+        assert timed("--purifier", f"file:{__file__}:Steps", "--device", "cuda", "--json") == cli.DONE
+    found = strictly(capsys.readouterr().out)
+    assert found["environment"]["device_name"] == "Pretended"
+    assert [p["precision"] for p in found["precision"]] == ["float32", "float64", "tf32", "bf16"]
 
 
 @pytest.mark.parametrize("purifier", ["vae", "identity"])
