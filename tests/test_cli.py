@@ -336,6 +336,14 @@ def test_lists(weights, capsys):
         assert [line.split()[0] for line in lines] == [entry["name"] for entry in entries]
 
 
+def test_attacks_say_what_they_search_and_need(capsys):
+    assert cli.main(["list", "attacks", "--json"]) == 0
+    known = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert (known["square"]["norms"], known["square"]["gradients"]) == ("Linf, L2", False)
+    assert (known["stadv"]["norms"], known["stadv"]["gradients"]) == ("StAdv", True)
+    assert "norms" not in known["torchattacks:NAME"], "each has its own"
+
+
 def test_listed_options_are_those_of_the_card(weights, capsys):
     assert cli.main(["list", "purifiers", "--weights", str(weights), "--json"]) == 0
     (diffpure,) = [entry for entry in json.loads(capsys.readouterr().out) if entry["name"] == "diffpure"]

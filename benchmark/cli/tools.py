@@ -103,11 +103,14 @@ def _in_words(value: Any) -> str:
 def _describe(kind: str, name: str, card: dict[str, Any]) -> dict[str, Any]:
     from benchmark import registry
 
-    component = registry.load(kind, card.get("component", name))
+    component: Any = registry.load(kind, card.get("component", name))
     options = registry.resolve(component, registry.Spec(name), card.get("options"))
     about = (component.__doc__ or "").strip().split("\n")[0]
     name += f":{component.argument}" if hasattr(component, "argument") else ""
-    entry = {"name": name, "about": about, "options": {k: registry.show(v) for k, v in options.items()}}
+    entry: dict[str, Any] = {"name": name, "about": about}
+    if kind == "attacks" and not hasattr(component, "argument"):  # what is named by it has its own
+        entry |= {"norms": ", ".join(component.norms), "gradients": not component.black_box}
+    entry |= {"options": {k: registry.show(v) for k, v in options.items()}}
     return entry if kind == "attacks" else entry | {"weights": bool(card.get("files"))}
 
 
