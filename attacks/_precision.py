@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -79,7 +80,9 @@ def set_tf32(products: bool, convolutions: bool) -> None:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     matmul.allow_tf32, cudnn.allow_tf32 = products, convolutions
     if hasattr(cudnn, "conv"):
-        matmul.fp32_precision, cudnn.conv.fp32_precision = ("tf32" if on else "ieee" for on in (products, convolutions))
+        parts: list[tuple[Any, bool]] = [(matmul, products), (cudnn.conv, convolutions), (cudnn.rnn, convolutions)]
+        for part, on in parts:
+            part.fp32_precision = "tf32" if on else "ieee"
 
 
 @contextmanager

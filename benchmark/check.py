@@ -19,6 +19,7 @@ from benchmark.data import Dataset
 from benchmark.errors import RunError, UsageError
 from benchmark.plan import plan, stopwatch
 from benchmark.preflight import Check, accuracy_check, preflight
+from benchmark.repeatable import make_repeatable
 from benchmark.views import View
 from purifiers import Defense, Purifier, Tape
 
@@ -41,6 +42,7 @@ def component(kind: str, spec: str, need: Need, images: Dataset) -> list[Check]:
     Raises:
         UsageError: if the component can't be built.
     """
+    make_repeatable(images.device)
     try:
         return {"purifier": purifier, "classifier": classifier, "attack": attack}[kind](spec, need, images)
     except (UsageError, RunError):
@@ -112,7 +114,7 @@ def attack(spec: str, need: Need, images: Dataset) -> list[Check]:
     ids = torch.arange(len(x), device=x.device)
     threat = NORMS[norm]({"Linf": Fraction(1, 64), "L2": Fraction(1, 2), "StAdv": Fraction(1, 20)}[norm])
     quiet, noisy = (Defense(Noisy(sigma=s), model) for s in (0.0, 0.02))
-    before = _generators()
+    before = _generators(x.device)
     try:
         found = made.perturb(x, y, _victim(noisy, ids), threat)
         again = made.perturb(x, y, _victim(noisy, ids), threat)
@@ -121,7 +123,7 @@ def attack(spec: str, need: Need, images: Dataset) -> list[Check]:
     except AttackError as error:
         advice = "return finite images of the shape given, projected into the threat model"
         return [Check("inside-the-threat-model", "fail", str(error), "at most 1e-6 outside", advice)]
-    moved = before != _generators()
+    moved = before != _generators(x.device)
     gained = (margin(model(plain.candidates[0]), y) - margin(model(x), y)).min()
     gained_share = float(gained) / model.best_gain(threat) if norm != "StAdv" else float(gained)
     apart = float((alone.candidates[:, 0] - found.candidates[:, 1]).abs().max())
@@ -188,8 +190,9 @@ def _victim(defense: Defense, ids: Tensor) -> Victim:
     return Victim(defense, VIEWS["exact"](), Tape(0, "attack", ids), Calls(ROWS), stochastic=True)
 
 
-def _generators() -> list:
-    return [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()]  # type: ignore[index]
+def _generators(device: torch.device) -> list:
+    there = [torch.cuda.get_rng_state(device).tolist()] if device.type == "cuda" else []
+    return [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), *there]  # type: ignore[index]
 
 
 def _floor(defense: Defense, images: Dataset, classifier: str | None) -> Check:
@@ -212,7 +215,7 @@ def _floor(defense: Defense, images: Dataset, classifier: str | None) -> Check:
 
 
 def _cost(defense: Defense, images: Dataset) -> list[Check]:
-    """What runs would cost on this machine, from one timed gradient."""
+    """What runs would cost on this machine, from one timed gradient of few rows; ``plan`` times full calls."""
     rows = torch.arange(ROWS) % len(images)
     tape = Tape(0, "attack", torch.arange(ROWS)).to(images.device)
     ask = Request(defense, Exact(keep=1), images.images(rows), tape, 1, ce, (images.labels[rows],), gradient=True)
@@ -227,9 +230,6 @@ def _cost(defense: Defense, images: Dataset) -> list[Check]:
         cost = plan(made, stochastic=defense.stochastic, nfe=defense.nfe, n=budget.n, select=select, draws=draws)
         hours = cost.n * (cost.backwards + (cost.forwards - cost.backwards) / 3) * a_row / 3600
         time_text = "about " + (f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:,.0f} min")
-        checks.append(
-            Check(
-                "planned-cost", "pass", f"autoattack at {name}, n={cost.n}: {cost.passes:,} passes, {time_text}", "", ""
-            )
-        )
+        value = f"autoattack at {name}, n={cost.n}: {cost.passes:,} passes, {time_text} in calls of {ROWS} rows"
+        checks.append(Check("planned-cost", "pass", value, "", ""))
     return checks

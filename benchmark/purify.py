@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 
 from benchmark import checkpoints
 from benchmark.errors import UsageError
+from benchmark.repeatable import make_repeatable
 from purifiers import Tape
 from purifiers._base import call
 
@@ -53,6 +54,7 @@ def purify(
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     component = checkpoints.build("purifiers", purifier, need)
     x = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).view(1, height, width, -1).permute(0, 3, 1, 2)
+    make_repeatable(torch.device(device))
     tape = Tape(seed, "purify", torch.zeros(1, dtype=torch.long)).to(device)
     with torch.no_grad():
         clean = call(component.module.to(device), x.contiguous().to(device), tape).cpu()

@@ -339,8 +339,8 @@ def test_lists(weights, capsys):
 def test_attacks_say_what_they_search_and_need(capsys):
     assert cli.main(["list", "attacks", "--json"]) == 0
     known = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
-    assert (known["square"]["norms"], known["square"]["gradients"]) == ("Linf, L2", False)
-    assert (known["stadv"]["norms"], known["stadv"]["gradients"]) == ("StAdv", True)
+    assert (known["square"]["norms"], known["square"]["black_box"]) == ("Linf, L2", True)
+    assert (known["stadv"]["norms"], known["stadv"]["black_box"]) == ("StAdv", False)
     assert "norms" not in known["torchattacks:NAME"], "each has its own"
 
 

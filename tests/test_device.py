@@ -220,7 +220,7 @@ def test_a_file_is_purified_there(gpu, tmp_path):
     assert (tmp_path / "cpu.png").read_bytes() == (tmp_path / "cuda.png").read_bytes()
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])  # asked for there; computed in float32 here
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bf16"])  # asked for there; computed in float32 here
 def test_a_run_its_verification_and_samples(tmp_path, gpu, capsys, precision):
     there, root = ["--device", "cuda"], str(tmp_path / "run")
     run = "run --purifier vae --attack pgd:steps=2,eot=2 --draws 3 --n-examples 2 --budget quick --eps 0.1".split()

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from attacks._precision import PRECISIONS, get_tf32, set_tf32
-from benchmark import audit
+from benchmark import audit, cli
 from benchmark.cell import Cell, Settings
 from benchmark.plan import price
 from benchmark.repeatable import make_repeatable
@@ -32,15 +33,20 @@ class Looking(torch.nn.Module):
 
 
 def settings_of_torch() -> tuple:
-    """How exact products are; whether TF32 is allowed in them, in convolutions; whether cuDNN repeats itself, races."""
-    cudnn = torch.backends.cudnn
-    return torch.get_float32_matmul_precision(), *get_tf32(), cudnn.deterministic, cudnn.benchmark
+    """How exact products are; whether lower precision is allowed anywhere; whether cuDNN repeats itself, races."""
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    newer = [cudnn.conv, cudnn.rnn, mkldnn.conv, torch.backends.cuda.matmul] if hasattr(cudnn, "conv") else []
+    lower = any(get_tf32()) or cudnn.allow_tf32 or any(part.fp32_precision != "ieee" for part in newer)
+    return torch.get_float32_matmul_precision(), lower, cudnn.deterministic, cudnn.benchmark
 
 
 @pytest.fixture
 def torch_as_it_was():
     before = get_tf32()
     yield
+    for part in (torch.backends, torch.backends.cudnn):
+        if hasattr(torch.backends.cudnn, "conv"):
+            part.fp32_precision = "none"
     make_repeatable(torch.device("cpu"))
     set_tf32(*before)
 
@@ -56,6 +62,9 @@ ASKED = {  # by a caller, in one of torch's ways
     "switches": lambda: setattr(torch.backends.cudnn, "allow_tf32", True),
     "products": lambda: torch.set_float32_matmul_precision("medium"),
     "named": lambda: [named(part, "tf32") for part in (torch.backends.cuda.matmul, torch.backends.cudnn.conv)],
+    "everything": lambda: named(torch.backends, "tf32"),
+    "cudnn": lambda: named(torch.backends.cudnn, "tf32"),
+    "bfloat16": lambda: named(torch.backends.mkldnn.conv, "bf16"),
     "apart": lambda: [named(torch.backends.cuda.matmul, "tf32"), named(torch.backends.cudnn.conv, "ieee")],
 }
 
@@ -76,7 +85,7 @@ def test_float32_is_float32_whatever_a_caller_asked_for(torch_as_it_was, asked):
     expected = left @ right
     ASKED[asked]()
     make_repeatable(torch.device("cpu"))
-    assert settings_of_torch()[:3] == ("highest", False, False)
+    assert settings_of_torch()[:2] == ("highest", False)
     assert torch.equal(left @ right, expected)
 
 
@@ -92,4 +101,14 @@ def test_arithmetic_repeats_where_numbers_are_made(tmp_path, tiny_images, monkey
         settings = Settings(device=device, out=str(tmp_path), eps="0.1", n=2, rows=32, draws=3, quiet=True)
         cell = Cell(defense, tiny_images, "pgd:steps=1,eot=1", settings)
         {"run": Cell.run, "price": price, "audit": audit.gradients}[what](cell)
-    assert looking.seen[-1] == ("highest", False, False, *((True, False) if device == "cuda" else (False, True)))
+    assert looking.seen[-1] == ("highest", False, *((True, False) if device == "cuda" else (False, True)))
+
+
+@pytest.mark.parametrize("command", ["check --classifier resnet", "purify {png} --out {out}", "sample --out {out}"])
+def test_other_commands_compute_as_a_run_does(tmp_path, torch_as_it_was, command):
+    Image.new("L", (28, 28), 128).save(tmp_path / "photo.png")
+    words = command.format(png=tmp_path / "photo.png", out=tmp_path / "out.png").split()
+    ASKED["products"]()
+    ASKED["switches"]()
+    assert cli.main([*words, *(["--purifier", "vae"] if "out" in command else [])]) == cli.DONE
+    assert settings_of_torch()[:2] == ("highest", False)

@@ -25,7 +25,10 @@ def purify(arguments: argparse.Namespace) -> int:
 
 
 def sample(arguments: argparse.Namespace) -> int:
+    import torch
+
     from benchmark import checkpoints, registry
+    from benchmark.repeatable import make_repeatable
     from benchmark.samples import samples
     from purifiers import Purifier
 
@@ -40,7 +43,9 @@ def sample(arguments: argparse.Namespace) -> int:
     if ignored := sorted(spec.options.keys() - {"weights"}) if spec.name != "file" else []:
         raise UsageError(f"{spec}: a sample shows the model, not how it purifies: leave out {', '.join(ignored)}")
     built = checkpoints.build("purifiers", spec, need)
-    module = built.module.to(device_of(arguments.device))
+    device = device_of(arguments.device)
+    make_repeatable(torch.device(device))
+    module = built.module.to(device)
     if not isinstance(module, Purifier) or not samples(
         module, need.form, out, count=arguments.count, seed=arguments.seed
     ):
@@ -109,7 +114,7 @@ def _describe(kind: str, name: str, card: dict[str, Any]) -> dict[str, Any]:
     name += f":{component.argument}" if hasattr(component, "argument") else ""
     entry: dict[str, Any] = {"name": name, "about": about}
     if kind == "attacks" and not hasattr(component, "argument"):  # what is named by it has its own
-        entry |= {"norms": ", ".join(component.norms), "gradients": not component.black_box}
+        entry |= {"norms": ", ".join(component.norms), "black_box": component.black_box}
     entry |= {"options": {k: registry.show(v) for k, v in options.items()}}
     return entry if kind == "attacks" else entry | {"weights": bool(card.get("files"))}
 
