@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from fractions import Fraction
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -277,9 +278,16 @@ def _records(folder: Path) -> dict[int, dict[str, Any]]:
     """Finished examples by id: those of ``records.jsonl``, and a later journal's whole lines."""
     records = {}
     for path in (folder / "records.jsonl", *sorted(folder.glob("journal*.jsonl"))):
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        records.update({r["id"]: r for r in map(json.loads, lines)})
+        if path.exists():
+            state = path.stat()
+            records.update({r["id"]: dict(r) for r in _lines(path, state.st_mtime_ns, state.st_size)})
     return records
+
+
+@lru_cache(maxsize=4096)
+def _lines(path: Path, changed: int, size: int) -> list[dict[str, Any]]:
+    """A file's whole lines, read anew when it changes: a document's tables ask for the same runs again and again."""
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
