@@ -17,7 +17,7 @@ def make_repeatable(device: torch.device) -> None:
 
     Reference: PyTorch documentation, *Reproducibility*.
     """
-    torch.set_float32_matmul_precision("highest")  # on a CPU, too, where lower means bfloat16
+    torch.set_float32_matmul_precision("highest")  # on a CPU, too, where lower may be bfloat16
     set_tf32(False, False)
     if hasattr(torch.backends.mkldnn, "conv"):  # since torch 2.9
         torch.backends.mkldnn.conv.fp32_precision = "ieee"

@@ -276,17 +276,23 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 def _records(folder: Path) -> dict[int, dict[str, Any]]:
     """Finished examples by id: those of ``records.jsonl``, and a later journal's whole lines."""
-    records = {}
-    for path in (folder / "records.jsonl", *sorted(folder.glob("journal*.jsonl"))):
-        if path.exists():
-            state = path.stat()
-            records.update({r["id"]: dict(r) for r in _lines(path, state.st_mtime_ns, state.st_size)})
+    records: dict[int, dict[str, Any]] = {}
+    finished = folder / "records.jsonl"
+    if finished.exists():
+        state = finished.stat()
+        records.update({r["id"]: dict(r) for r in _finished(finished.absolute(), state.st_mtime_ns, state.st_size)})
+    for journal in sorted(folder.glob("journal*.jsonl")):
+        records.update({r["id"]: r for r in _lines(journal)})
     return records
 
 
-@lru_cache(maxsize=4096)
-def _lines(path: Path, changed: int, size: int) -> list[dict[str, Any]]:
-    """A file's whole lines, read anew when it changes: a document's tables ask for the same runs again and again."""
+@lru_cache(maxsize=1024)
+def _finished(path: Path, changed: int, size: int) -> list[dict[str, Any]]:
+    """``_lines``, read anew only when the file changes: a document's tables ask for the same runs again and again."""
+    return _lines(path)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
