@@ -319,9 +319,16 @@ class Cell:
         if (caveat := self.attack.caveat(self.drawing)) and not s.quiet:
             print(f"note: {caveat}", file=sys.stderr)
         self.prepare()
+        with self.folder.at_work():
+            return self._work(began)
+
+    def _work(self, began: float) -> Path:
+        """Run to the end, with fewer rows where memory runs out."""
         while True:
             try:
-                self.folder.open(self.n, self.data.shape, rows=self.rows, mixed_environment=s.mixed_environment)
+                self.folder.open(
+                    self.n, self.data.shape, rows=self.rows, mixed_environment=self.settings.mixed_environment
+                )
                 self._preflight()
                 Engine(self).run(began)
                 return self.folder.finish()

@@ -174,6 +174,9 @@ def comparison(reference: dict[str, Any], others: Iterable[dict[str, Any]]) -> l
     table: list[dict[str, Any]] = []
     others = list(others)
     threat = tuple(reference["identity"][key] for key in ("norm", "eps"))
+    for run in (reference, *others):
+        if not run["records"]:
+            raise UsageError(f"{run['folder']} has no finished image yet: the command that began it continues it")
     for run in others:
         if (theirs := tuple(run["identity"][key] for key in ("norm", "eps"))) != threat:
             raise UsageError(

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from benchmark.config import Identity, slug
 from benchmark.errors import RunError, UsageError
@@ -80,13 +80,24 @@ class Run:
         self.journal, self.state = f"journal{part}.jsonl", f"state{part}.pt"
         folder = f"{slug(names['attack'])}-{identity.hash8}"
         self.folder = out / slug(identity.dataset) / slug(names["purifier"]) / folder
+        self.lock = f".work{part}.lock"
         self.settings = settings | {"identity": asdict(identity), "names": names, "mixed_environment": False}
 
-    def open(self, n: int, shape: tuple[int, int, int], *, rows: int, mixed_environment: bool = False) -> None:
-        """Create the folder, or check that it holds this very run, and make room for n examples."""
-        self.settings["environment"]["rows"] = rows
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """The folder, made if it isn't there; meanwhile no other process does the same images again.
+
+        Raises:
+            RunError: if one is doing them.
+        """
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+        with sole(self.folder / self.lock, "divide the images between processes: --shard 1/2 and --shard 2/2"):
+            yield
+
+    def open(self, n: int, shape: tuple[int, int, int], *, rows: int, mixed_environment: bool = False) -> None:
+        """Begin, or check that the folder holds this very run, and make room for n examples."""
+        self.settings["environment"]["rows"] = rows
         with self._alone(), writing(self.folder):
             self.check_identity()
             path = self.folder / "run.json"
@@ -349,6 +360,27 @@ def _plain(value: str) -> str:
         return str(Fraction(value))
     except ValueError:
         return value.replace("_", "-")
+
+
+@contextmanager
+def sole(path: Path, otherwise: str) -> Iterator[None]:
+    """Hold the lock ``path`` while work goes on in its folder; the system frees it if the process is killed.
+
+    Raises:
+        RunError: if another process holds it, with the remedy ``otherwise``.
+    """
+    lock = FileLock(path, timeout=0)
+    with writing(path.parent):
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunError(
+                f"{path.parent}: another process is at work on this, so nothing was begun; let it end, or {otherwise}"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def replace(path: Path, text: str) -> None:

@@ -457,7 +457,11 @@ def test_what_isnt_comparable_is_refused(recorded, tmp_path, capsys):
     settings = json.loads((other / "run.json").read_text())
     settings["identity"]["eps"] = "32/255"
     (other / "run.json").write_text(json.dumps(settings))
+    begun = tmp_path / "begun"
+    shutil.copytree(b, begun)
+    (begun / "records.jsonl").unlink()
     for words, said in (
+        (["--compare", a, begun], "begun has no finished image yet"),
         (["--compare", a, other], "accuracies under different threat models aren't compared"),
         (["--compare", a], "name what"),
         (["--compare", recorded, a], "holds 2 runs"),

@@ -301,6 +301,19 @@ def test_shards_that_run_at_the_same_time_end_in_one_run(tmp_path):
     assert not list(folder.glob("journal*")) and not (folder / "logits").exists()
 
 
+def test_what_another_process_is_at_work_on_is_not_done_twice(tmp_path, run):
+    with pytest.raises(Incomplete):
+        run("out", stop_after=0)
+    folder = folder_of(tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.suffix != ".lock"}
+    with results.sole(folder / ".work.lock", ""), pytest.raises(RunError, match="another process .* --shard 1/2"):
+        run("out")
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.suffix != ".lock"} == before
+    with results.sole(folder / ".work.1-of-2.lock", ""), pytest.raises(RunError, match="another process"):
+        run("out", shard="1/2")
+    assert outcome(run("out")) == outcome(run("at once"))
+
+
 def test_who_opens_a_shared_run_first_decides_its_rows_for_all(tmp_path, run):
     """Before anything is recorded: two machines would else merge numbers of two environments without a word."""
     with pytest.raises(Incomplete):
