@@ -17,6 +17,11 @@ LARGER = "cifar10"
 COMPACT = "-compact"
 """What the names of its recipes for no GPU end with."""
 
+ADVERSARIES = {"rs-fgsm": (1.0, 1.25, 1.0), "n-fgsm": (2.0, 1.0, 3.0)}
+"""Attacks of one signed step: the radius of their uniform start, their step and the radius of the ball they end in, in
+units of eps. RS-FGSM: Wong et al. 2020 (arXiv 2001.03994). N-FGSM, whose ball binds nothing but the range of pixels, so
+that a long training doesn't learn to defeat this one step alone: de Jorge et al. 2022 (arXiv 2202.01181)."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -32,6 +37,8 @@ class Recipe:
     ema: float
     augment: list[str]
     adversarial_eps: str | None = None
+    adversary: str = "rs-fgsm"
+    """How a classifier is attacked in adversarial training, as ``ADVERSARIES`` says."""
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     objective: dict[str, Any] = field(default_factory=dict)
@@ -55,6 +62,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.precision not in ("float32", "bf16"):
             raise ValueError(f"precision must be float32 or bf16, got {self.precision!r}")
+        if self.adversary not in ADVERSARIES:
+            raise ValueError(f"adversary must be one of {', '.join(ADVERSARIES)}, got {self.adversary!r}")
 
     @property
     def needs(self) -> set[str]:

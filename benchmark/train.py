@@ -19,7 +19,8 @@ from tqdm import tqdm
 from benchmark import checkpoints, data, registry
 from benchmark.errors import UsageError
 from benchmark.measure import MOST, SPLITS, measure
-from benchmark.recipes import LARGER, Recipe, larger, ordered, recipes
+from benchmark.recipes import ADVERSARIES, LARGER, Recipe, larger, ordered, recipes
+from benchmark.results import sole
 from benchmark.samples import samples
 from purifiers import Batch, Tape
 
@@ -83,7 +84,8 @@ def train(
     skipped: int | None = 0
     if recipe.epochs:
         of = json.dumps([asdict(recipe), material.fingerprints, started, _judge(recipe, family, out)], sort_keys=True)
-        skipped = _fit(module, recipe, material, folder / "state.pt", device, aside, of, stop_after)
+        with sole(folder / ".work.lock", "choose another --out"):
+            skipped = _fit(module, recipe, material, folder / "state.pt", device, aside, of, stop_after)
     if skipped is None:
         return folder
     # parts that came trained and weren't moved stay where they are
@@ -321,7 +323,7 @@ def _fit(
         batch, tape = _batch(shown, recipe, step, total, device, since)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             if recipe.adversarial_eps:
-                batch = _adversarial(module, batch, tape, Fraction(recipe.adversarial_eps))
+                batch = _adversarial(module, batch, tape, recipe)
             losses = module.objectives(batch, tape, **objective)  # type: ignore[operator]
         for k, loss in losses.items():
             optimisers[k].zero_grad(set_to_none=True)
@@ -392,12 +394,13 @@ def _crop(x: Tensor, tape: Tape, pad: int = 2) -> Tensor:
 AUGMENT = {"flip": _flip, "crop": _crop}
 
 
-def _adversarial(module: nn.Module, batch: Batch, tape: Tape, eps: Fraction) -> Batch:
-    """One signed step of 1.25 eps from a uniform start in the Linf ball (Wong et al. 2020, arXiv 2001.03994)."""
+def _adversarial(module: nn.Module, batch: Batch, tape: Tape, recipe: Recipe) -> Batch:
+    """One signed step from a uniform start in an Linf ball, as the recipe's adversary says."""
     from attacks import Linf
 
-    threat = Linf(eps)
-    start = threat.random(batch.x, tape.fold("adversarial")).requires_grad_()
+    eps = Fraction(recipe.adversarial_eps or 0)
+    around, length, ball = (eps * Fraction(units) for units in ADVERSARIES[recipe.adversary])
+    start = Linf(around).random(batch.x, tape.fold("adversarial")).requires_grad_()
     (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(module(start), batch.y), start)
-    moved = threat.project(start.detach() + threat.step(gradient, 1.25 * float(eps)), batch.x)
-    return batch._replace(x=moved)
+    threat = Linf(ball)
+    return batch._replace(x=threat.project(start.detach() + threat.step(gradient, float(length)), batch.x))

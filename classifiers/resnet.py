@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from classifiers._base import Classifier
 
-SIZES = {"tiny": (8, (8, 16)), "small": (16, (32, 64, 128))}
+SIZES = {"tiny": (8, (8, 16), 2), "small": (16, (32, 64, 128), 2), "half": (32, (32, 64, 128, 256), 1)}
+"""Channels behind the first convolution, channels of the stages of two blocks each, and the stride of the first stage;
+"half" has the depth of PreActResNet-18 and half its width."""
 
 
 class Block(nn.Module):
@@ -27,7 +29,7 @@ class Block(nn.Module):
 
 
 class ResNet(Classifier):
-    """Logits of a residual network whose stages each halve the resolution.
+    """Logits of a residual network whose stages each halve the resolution, the first as its size says.
 
     Args:
         net: images in [-1, 1] → logits.
@@ -44,11 +46,11 @@ class ResNet(Classifier):
 
     @classmethod
     def parts(cls, shape: tuple[int, int, int], size: str = "tiny", classes: int = 10) -> dict[str, nn.Module]:
-        stem, widths = SIZES[size]
+        stem, widths, stride = SIZES[size]
         layers: list[nn.Module] = [nn.Conv2d(shape[0], stem, 3, 1, 1, bias=False)]
         inputs = stem
         for width in widths:
-            layers += [Block(inputs, width, 2), Block(width, width, 1)]
-            inputs = width
+            layers += [Block(inputs, width, stride), Block(width, width, 1)]
+            inputs, stride = width, 2
         head = [nn.BatchNorm2d(inputs), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)]
         return {"net": nn.Sequential(*layers, *head)}

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import kstest, uniform
 from torchvision.transforms.functional import to_pil_image
 
 from benchmark import checkpoints, cli, data, loaders, registry
 from benchmark import recipes as recipe_book
 from benchmark import train as training
-from benchmark.errors import UsageError
+from benchmark.errors import RunError, UsageError
 from benchmark.measure import frechet, last_features, measure
 from benchmark.recipes import ordered, recipes
+from benchmark.results import sole
 from benchmark.train import train
 from purifiers import Batch, Defense, Tape
 
@@ -233,6 +237,41 @@ def test_an_unreadable_state_is_said(tmp_path, tiny):
     (tmp_path / DATASET / "vae" / "state.pt").write_bytes(b"torn")
     with pytest.raises(UsageError, match="state.pt can't be read .*; delete it"):
         train("vae", DATASET, tmp_path, epochs=2, limit=32)
+
+
+@needs_full
+def test_two_processes_dont_make_the_same_weights(tmp_path, tiny):
+    folder = train("vae", DATASET, tmp_path, epochs=2, limit=32, stop_after=1)
+    with sole(folder / ".work.lock", ""), pytest.raises(RunError, match="another process .* choose another --out"):
+        train("vae", DATASET, tmp_path, epochs=2, limit=32)
+    train("vae", DATASET, tmp_path, epochs=2, limit=32)
+
+
+@pytest.mark.parametrize("adversary, start, step, ball", [("rs-fgsm", 1, 1.25, 1), ("n-fgsm", 2, 1, math.inf)])
+def test_an_adversary_takes_the_step_its_paper_says(adversary, start, step, ball):
+    eps, sign = 8 / 255, torch.tensor([1.0, -1.0]).repeat(1, 1, 16, 8)
+    recipe = replace(recipes("cifar10")["resnet-at"], adversarial_eps="8/255", adversary=adversary)
+    x, y = torch.full((64, 1, 16, 16), 0.5), torch.zeros(64, dtype=torch.long)
+
+    def classifier(images):  # its loss on label 0 grows along ``sign``
+        logit = (images * sign).sum((1, 2, 3))
+        return torch.stack([-logit, logit], 1) / 100
+
+    tape = Tape(0, "train", torch.arange(64), torch.zeros(64, dtype=torch.long))
+    batch = training._adversarial(classifier, Batch(x, y, 0.0), tape, recipe)
+    moved = ((batch.x - x) * sign).flatten() / eps
+    drawn = (moved - step).double()
+    assert torch.equal(batch.y, y) and moved.abs().max() <= ball + 1e-4
+    if ball == math.inf:  # nothing of the uniform start is cut off
+        assert kstest(drawn, uniform(-start, 2 * start).cdf).pvalue > 0.001
+    else:  # what went over the edge lies on it: where the start was above ball - step
+        assert moved.min() >= step - start - 1e-4
+        assert (moved > ball - 1e-4).double().mean() == pytest.approx((start - ball + step) / (2 * start), abs=0.02)
+
+
+def test_an_unknown_adversary_is_refused():
+    with pytest.raises(ValueError, match="adversary must be one of rs-fgsm, n-fgsm, got 'fgsm'"):
+        replace(recipes("cifar10")["resnet-at"], adversary="fgsm")
 
 
 @needs_full
