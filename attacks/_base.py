@@ -135,7 +135,7 @@ class Attack(ABC):
         and over.
         """
         asked, rest = divmod(k + 1, RETIRE_FIRST)
-        if rest or asked & (asked - 1):
+        if not self.retire or rest or asked & (asked - 1):
             return False
         lost, eot = self.lost(state), self.retire if victim.stochastic else 1
         for v in torch.nonzero(lost.any(1)).flatten().tolist():
@@ -172,14 +172,15 @@ class Attack(ABC):
             state["done"] = torch.tensor(0)
         else:
             victim.forwards, victim.backwards = state["cost"].tolist()
-        for k in range(int(state["done"]), self.length(victim.stochastic)):
+        k = int(state["done"])
+        # a search that was stopped is asked again what it was asked, of the same draws
+        while k < self.length(victim.stochastic) and not (k and self.retires(k - 1, state, x, y, victim, threat)):
             state = self.step(k, state, x, y, victim, threat)
-            state["done"] = torch.tensor(k + 1)
+            k += 1
+            state["done"] = torch.tensor(k)
             state["cost"] = torch.tensor([victim.forwards, victim.backwards])
             if watch is not None:
-                watch(k + 1, state)
-            if self.retire and self.retires(k, state, x, y, victim, threat):
-                break
+                watch(k, state)
         codes = [self._enforced(code, x, threat) for code in self.finish(state)]
         return Found(
             torch.stack([threat.render(code, x) for code in codes]),

@@ -17,7 +17,7 @@ GRADES = (
 """What the letters mean, and where it is said what a row lacks."""
 RANKS = (
     "Ranks are among rows of one protocol on the same images, each under what it met; rows that a paired test doesn't "
-    "tell from the first of their group share one (one-sided sign flips at 5 %, Holm)."
+    "tell from the first of their group share one (sign flips at 5 %, corrected for all pairs)."
 )
 
 

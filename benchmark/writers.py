@@ -186,8 +186,8 @@ def comparison(table: Sequence[dict[str, Any]], reference: dict[str, Any], form:
     note = (
         f"Reference: {one['purifier']} + {one['classifier']} under {one['display']}, view {one['view']}; "
         f"{wording.facts(Table([one]))} Differences to it are paired over the images that both have: intervals by "
-        "bootstrap, p by sign flips, Holm over the rows; detectable is what such a test would notice in four of five "
-        "cases."
+        "normal approximation, p by sign flips, Holm over the rows; detectable is what such a test would notice in "
+        "four of five cases."
     )
     if form == "latex":
         return tabular(head, rows, f"Robust accuracy, paired with {one['purifier']} + {one['classifier']}", note)

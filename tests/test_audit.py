@@ -154,7 +154,7 @@ def test_a_difference_of_the_detectable_size_is_noticed_in_four_of_five_cases():
         a = b + rng.normal(0, 0.2, 64)
         size = 2.4865 * 0.2 / 8  # (z_0.95 + z_0.80) sd / sqrt(n)
         sizes.append(stats.detectable(a, b, one_sided=True))
-        noticed.append(stats.compare(a + size, b, one_sided=True, resamples=500).p < 0.05)
+        noticed.append(stats.compare(a + size, b, one_sided=True, flips=500).p < 0.05)
     assert np.mean(sizes) == pytest.approx(size, rel=0.03)
     assert 0.72 < np.mean(noticed) < 0.88
     assert stats.detectable(np.ones(1), np.zeros(1)) is None and stats.detectable(np.ones(9), np.zeros(9)) is None

@@ -17,7 +17,7 @@ from attacks.apgd import APGD
 from attacks.autoattack import AutoAttack
 from attacks.pgd import PGD
 from benchmark import engine, evaluate
-from benchmark.cell import Cell, Settings
+from benchmark.cell import Cell, Incomplete, Settings
 from purifiers import Defense, Purifier, Tape
 from purifiers.diffpure import DiffPure
 from tests.conftest import Linear, images, undefended
@@ -157,6 +157,26 @@ def test_the_lost_retire_and_the_others_go_on(tmp_path, attack):
     assert set(lost["adv"]) == {1} and lost["broken_at"] >= 0
     assert set(safe["adv"]) == {0} and safe["forwards"] == whole.forwards
     assert "retire 16" in result.rows[0]["display"]
+
+
+@pytest.mark.parametrize("attack", RETIRING)
+def test_a_search_stopped_where_it_would_retire_retires_when_it_goes_on(tmp_path, attack):
+    def run(out: str, **more):
+        return evaluate(
+            Defense(Noisy(sigma=0.05), Margin()), columns(0.52, 0.9, 0.633), attack, n=3, eps="1/8", out=tmp_path / out,
+            quiet=True, draws=8, preflight=False, **more,
+        )  # fmt: skip
+
+    while True:
+        try:
+            stopped = run("stopped", stop_after=0)
+            break
+        except Incomplete:
+            pass
+    whole = run("at once")
+    assert [r["forwards"] for r in stopped.records] == [r["forwards"] for r in whole.records]
+    assert stopped.records == whole.records
+    assert np.array_equal(*(np.load(r.folder / "adversarial.npy") for r in (stopped, whole)))
 
 
 def test_an_image_that_did_not_retire_is_attacked_as_if_none_could(tmp_path):

@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from benchmark.stats import accuracy, compare, majority_rule, mean_rule, worst_rule
+from benchmark.stats import (
+    _beyond,
+    accuracy,
+    compare,
+    majority_rule,
+    mean_rule,
+    pairwise,
+    ranks,
+    sign_flips,
+    worst_rule,
+)  # fmt: skip
 
 DRAWS, N = 9, 64
 
@@ -128,7 +138,7 @@ def test_compare_is_zero_for_equals_and_antisymmetric():
     rng = np.random.default_rng(0)
     a, b = rng.binomial(DRAWS, 0.5, (2, N)) / DRAWS
     same = compare(a, a)
-    assert same == (0.0, 0.0, 0.0, 1.0)
+    assert same.difference == 0 and same.p == 1 and same.low == -same.high < 0, "an image not seen may differ"
     forward, backward = compare(a, b), compare(b, a)
     assert forward.difference == pytest.approx(a.mean() - b.mean())
     assert forward.difference == -backward.difference and forward.low == pytest.approx(-backward.high, abs=0.02)
@@ -147,7 +157,7 @@ def test_p_under_the_null_falls_below_a_level_as_often_as_the_level_says():
     rng = np.random.default_rng(1)
     p = rng.beta(1, 1, (400, 48))
     a, b = rng.binomial(DRAWS, p) / DRAWS, rng.binomial(DRAWS, p) / DRAWS
-    values = np.array([compare(x, y, resamples=400, seed=i).p for i, (x, y) in enumerate(zip(a, b, strict=True))])
+    values = np.array([compare(x, y, flips=400, seed=i).p for i, (x, y) in enumerate(zip(a, b, strict=True))])
     for level in (0.05, 0.1, 0.25, 0.5):
         assert abs((values <= level).mean() - level) < 4 * np.sqrt(level * (1 - level) / len(values))
 
@@ -157,6 +167,58 @@ def test_compare_detects_a_shift_and_its_interval_holds_it():
     p = rng.uniform(0.1, 0.8, 256)
     result = compare(rng.binomial(DRAWS, p + 0.1) / DRAWS, rng.binomial(DRAWS, p) / DRAWS)
     assert result.p < 0.001 and 0 < result.low < 0.1 < result.high < 0.2
+
+
+RARE = {  # of n images, by draws, how often only A is right, and only B
+    "n64-2%": (64, 1, 0.02, 0.0), "n256-1%": (256, 1, 0.01, 0.0), "n32-10%": (32, 1, 0.1, 0.03),
+    "n64-30%": (64, 1, 0.3, 0.1), "n64-3%-draws": (64, 9, 0.03, 0.0), "n256-3%-draws": (256, 9, 0.03, 0.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("n, draws, up, down", RARE.values(), ids=RARE)
+def test_the_interval_of_a_difference_covers_it_where_few_images_differ(n, draws, up, down):
+    rng, tries = np.random.default_rng(3), 400
+    covered = 0
+    for _ in range(tries):
+        p = rng.beta(0.05, 0.05, n)
+        base = rng.binomial(draws, p) / draws if draws > 1 else np.full(n, 0.5)
+        again = rng.binomial(draws, p) / draws if draws > 1 else base
+        d = rng.choice((1.0, -1.0, 0.0), n, p=(up, down, 1 - up - down)) * (p if draws > 1 else 1)
+        found = compare(again + d, base, flips=1)
+        covered += found.low <= (up - down) * (0.5 if draws > 1 else 1) <= found.high
+    assert covered / tries >= 0.95 - 3 * np.sqrt(0.05 * 0.95 / tries)
+
+
+def test_p_goes_below_what_flips_can_count_and_never_below_what_all_of_them_give():
+    rng = np.random.default_rng(4)
+    for _ in range(50):
+        d = rng.choice((-0.5, 0.25, 0.5, 1.0), 10) * rng.random(10)
+        flips = np.array(list(itertools.product((-1, 1), repeat=10))) @ d
+        assert (abs(flips) >= abs(d.sum()) - 1e-9).mean() <= _beyond(d[None])[0] + 1e-12
+        assert (flips >= d.sum() - 1e-9).mean() <= _beyond(d[None], one_sided=True)[0] + 1e-12
+    assert compare(np.ones(64), np.zeros(64), flips=100).p < 1e-12
+    assert sign_flips(np.ones((1, 64)), flips=100)[0] < 1e-12
+    assert pairwise(np.stack([np.ones(64), np.zeros(64)]), flips=100)[0, 1] < 1e-12
+
+
+@pytest.mark.parametrize("k", [2, 6])
+def test_equal_defenses_are_seldom_ranked_apart(k):
+    rng, tries = np.random.default_rng(5), 150
+    apart = 0
+    for _ in range(tries):
+        p = rng.beta(0.3, 0.3, 64)
+        apart += max(ranks(rng.binomial(DRAWS, p, (k, 64)) / DRAWS)) > 1
+    assert apart <= 15, "of 150 with probability 0.05 each, more than 15 has probability 0.003"
+
+
+def test_a_pair_that_differs_is_told_apart_among_many_that_dont():
+    rng = np.random.default_rng(6)
+    p = rng.uniform(0.1, 0.8, 256)
+    scores = rng.binomial(DRAWS, np.stack([p, p, p + 0.15, p, p])) / DRAWS
+    found = pairwise(scores)
+    assert np.array_equal(found, found.T) and (np.diag(found) == 1).all()
+    assert (np.delete(found[2], 2) < 0.001).all() and np.delete(np.delete(found, 2, 0), 2, 1).min() > 0.05
+    assert ranks(scores) == [2, 2, 1, 2, 2]
 
 
 def test_compare_needs_the_same_images():
