@@ -184,6 +184,14 @@ def test_classifiers(name, shape):
         assert all(p.grad is not None for part in key.split("+") for p in getattr(f, part).parameters())
 
 
+class Broken(torch.nn.Module):
+    """Finite logits for dark images, none for bright ones."""
+
+    def forward(self, x):
+        z = x.flatten(1)[:, :3].double()
+        return torch.where(x.mean((1, 2, 3), keepdim=False)[:, None] > 0.5, torch.nan, z)
+
+
 def test_a_defense_is_frozen_and_in_eval_mode(make):
     defense = Defense(make(("diffpure", {})).train(), classifier().train())
     assert not any(m.training for m in defense.modules())
@@ -195,14 +203,31 @@ def test_copies_are_combined_draws(combine, make):
     purifier, f, x = make(("diffpure", {})), classifier(), images(B)
     defense = Defense(purifier, f, copies=3, combine=combine)
     rows = f(purifier(x.repeat_interleave(3, 0), tape().fold("copies", 3).draws(3))).unflatten(0, (B, 3))
+    votes = torch.nn.functional.one_hot(rows.argmax(-1), 10).double().mean(1)
     expected = {
         "logits": rows.mean(1),
         "probabilities": rows.softmax(-1).mean(1).log(),
-        "vote": torch.nn.functional.one_hot(rows.argmax(-1), 10).double().mean(1).clamp_min(2.0**-1022).log(),
+        "vote": (votes + rows.softmax(-1).mean(1) / 6).log(),
     }[combine]
     assert torch.allclose(defense(x, tape()), expected, rtol=0, atol=1e-12)
     assert torch.allclose(defense.bind(tape())(x), defense(x, tape()), rtol=0, atol=0)
     assert defense.nfe == 3 * purifier.nfe
+
+
+@pytest.mark.parametrize("combine", Defense.COMBINE)
+def test_a_copy_that_is_not_finite_leaves_nothing_of_its_image(combine):
+    defense = Defense(torch.nn.Identity(), Broken(), copies=2, combine=combine)
+    logits = defense(torch.stack([torch.full(SHAPE, level) for level in (0.1, 0.9)]))
+    assert logits[0].isfinite().all() and logits[1].isnan().all()
+
+
+def test_a_tied_vote_goes_to_the_class_that_is_likelier():
+    class Split(torch.nn.Module):
+        def forward(self, x):  # of two copies one is nearly sure of class 2, the other just prefers class 0
+            return torch.tensor([[1.0, 0.0, 0.9], [0.0, 0.0, 8.0]]).repeat(len(x) // 2, 1)
+
+    defense = Defense(torch.nn.Identity(), Split(), copies=2, combine="vote")
+    assert defense(torch.rand(3, *SHAPE)).argmax(1).tolist() == [2, 2, 2]
 
 
 def test_defense_options_out_of_range():
