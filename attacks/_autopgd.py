@@ -14,7 +14,7 @@ class AutoPGD(Attack):
     """APGD from one start, with every decision taken on means over the iteration's own draws.
 
     u_k = P(x_k + eta direction(g_k)); x_{k+1} = P(x_k + a (u_k - x_k) + (1 - a) (x_k - x_{k-1})), a = 0.75 (1 at the
-    first step). At each checkpoint an image whose loss rose in fewer than 75 % of the steps since the last, or whose
+    first step). At each checkpoint an image whose loss rose in at most 75 % of the steps since the last, or whose
     best loss stood still without a halving, halves eta and returns to its best point. The candidate is the point with
     the fewest correct draws, among those the one of highest loss.
 

@@ -67,15 +67,16 @@ class RandomSearch(Attack):
         s = dict(state)
         draws = (self.site, "draws", k // self.refresh)
         if victim.stochastic and k > 0 and k % self.refresh == 0:
-            s["margin"] = victim.evaluate(
-                threat.render(s["x_adv"], x), y, margin, *draws, eot=self.eot, gradient=False
-            ).loss
+            s["margin"] = _highest(
+                victim.evaluate(threat.render(s["x_adv"], x), y, margin, *draws, eot=self.eot, gradient=False).loss
+            )
         rival = self.propose(k, s["x_adv"], x, victim, threat)
         found = victim.evaluate(threat.render(rival, x), y, margin, *draws, eot=self.eot, gradient=False)
         s["broken_at"] = first_broken(s["broken_at"], found, k)
-        better = found.loss > s["margin"]
+        loss = _highest(found.loss)
+        better = loss > s["margin"]
         s["x_adv"] = torch.where(better.view(-1, 1, 1, 1), rival, s["x_adv"])
-        s["margin"] = torch.where(better, found.loss, s["margin"])
+        s["margin"] = torch.where(better, loss, s["margin"])
         return s
 
     def finish(self, state: State) -> Tensor:
@@ -83,3 +84,8 @@ class RandomSearch(Attack):
 
     def lost(self, state: State) -> Tensor:
         return torch.zeros_like(state["margin"], dtype=torch.bool)[None]  # a search by means doesn't look at each draw
+
+
+def _highest(loss: Tensor) -> Tensor:
+    """A loss that isn't a number is the highest: the logits overflowed, which is as wrong as a prediction gets."""
+    return loss.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)

@@ -68,10 +68,10 @@ class ThreatModel(ABC):
 
     @abstractmethod
     def extreme(self, x: Tensor, noise: Any) -> Tensor:
-        """The code of a random perturbation of full radius."""
+        """The code of a random perturbation of full radius, then clipped to [0, 1], which in L2 shortens it."""
 
     def control(self, x: Tensor, noise: Any) -> Tensor:
-        """Images under a random perturbation of full radius, the control that an attack must beat."""
+        """Images under ``extreme``, the control that an attack must beat."""
         return self.render(self.extreme(x, noise), x)
 
     @abstractmethod

@@ -12,7 +12,7 @@ from attacks.pgd import PGD
 
 
 class LF(PGD):
-    """PGD over perturbations that are constant on blocks: delta = U(w), the gradient of w being the sum over a block.
+    """PGD over perturbations that are constant on blocks: delta = U(w), stepping by the mean gradient of a block.
 
     A perturbation without high frequencies passes a diffusion purifier, which diffuses those away first. The start is
     of that kind, too; only clipping to the box breaks a block.

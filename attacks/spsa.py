@@ -15,6 +15,8 @@ from attacks.pgd import PGD
 class SPSA(PGD):
     """PGD whose gradient is the mean over random sign vectors v of (L(x + delta v) - L(x - delta v)) / (2 delta) · v.
 
+    Probes stay in [0, 1]; where a pixel is nearer to an end than delta, its difference is over what is left of 2 delta.
+
     Both ends of a difference, and all vectors of an iteration, see the same draws. A purifier whose gradient vanishes
     is no shelter from it.
 
@@ -60,5 +62,6 @@ class SPSA(PGD):
             probe = self.delta * torch.where(signs < 0.5, -1.0, 1.0).to(x_adv)
             up, down = (look((x_adv + end * probe).clamp(0, 1), y, self.loss, "spsa", k) for end in (1, -1))
             gradient += (up.loss - down.loss).view(-1, 1, 1, 1) * probe
+        apart = (x_adv + self.delta).clamp(0, 1) - (x_adv - self.delta).clamp(0, 1)  # of a probe's two ends
         here = look(x_adv, y, self.loss, "spsa", k)  # the probes may lie outside the ball
-        return here._replace(gradient=gradient / (2 * self.delta**2 * self.samples))
+        return here._replace(gradient=gradient / (apart * self.delta * self.samples))

@@ -10,7 +10,7 @@ from attacks._threat import ThreatModel
 
 
 class Uniform(RandomSearch):
-    """x_adv = the best of ``queries`` random perturbations of full radius.
+    """x_adv = the best of ``queries`` random perturbations of full radius, cut off at [0, 1].
 
     Random signs in Linf, random directions in L2, flows of random signs: the control that every attack
     must beat, what noise alone does to a defense.

@@ -130,6 +130,31 @@ def test_under_noise_square_still_beats_random_noise():
     assert gains["square"] > 1.5 * gains["uniform"] > 0, gains
 
 
+@pytest.mark.parametrize("attack", [Square(queries=40, eot=2, refresh=5), Uniform(queries=40, eot=2, refresh=5)])
+def test_a_point_where_logits_overflow_is_kept(attack):
+    """Right wherever logits are numbers, and none where one pixel falls: what looks has to return such a point."""
+
+    class Overflowing(torch.nn.Module):
+        def forward(self, x):
+            z = torch.stack([x.mean((1, 2, 3)), -torch.ones(len(x))], 1)
+            return torch.where(x[:, 0, 0, :1] < 0.5, torch.nan, z)
+
+    x, threat = torch.full((8, 1, 4, 4), 0.55), NORMS["Linf"](Fraction(1, 10))
+    defense = Defense(Noisy(sigma=0.0), Overflowing())
+    found = attack.perturb(x, torch.zeros(8, dtype=torch.long), victim_of(defense, 8, True), threat)
+    assert (found.broken_at >= 0).any() and defense(found.candidates[0])[found.broken_at >= 0].isnan().any(1).all()
+
+
+def test_spsa_knows_the_gradient_of_a_pixel_at_the_end_of_its_range():
+    """On a linear loss the mean over all sign vectors is the gradient, at 0 and 1 as inside."""
+    model = linear((1, 2, 2))
+    x = torch.tensor([0.0, 0.004, 0.5, 1.0]).view(1, 1, 2, 2)
+    y = torch.tensor([0])
+    exact = torch.autograd.grad(margin(model(leaf := x.clone().requires_grad_()), y).sum(), leaf)[0]
+    found = SPSA(samples=4000, eot=1, steps=1).look(0, x, x, y, victim_of(undefended(model), 1)).gradient
+    assert torch.allclose(found, exact, atol=0.1 * float(exact.norm()))
+
+
 def test_lf_reaches_the_optimum_among_block_perturbations():
     """On a linear model the best block-constant perturbation in Linf is eps times the sign of each block's sum of w."""
     w = Tape(4, "images", torch.arange(1)).normal("w", like=torch.empty(1, 100))
