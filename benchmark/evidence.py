@@ -20,6 +20,8 @@ CELL = (
 """What runs must share to be one defense under one threat, attacked in several ways."""
 HEADLINE = ("pgd", "autoattack")
 """The attacks whose worst case is the headline of a stochastic defense."""
+SURROGATE = re.compile(r"surrogate:gradient=(\w+)")
+"""A view that takes another gradient than the exact one, as every attacker may."""
 WORST = "worst-case"
 """The name of the row over attacks."""
 Row = tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]
@@ -89,7 +91,7 @@ def groups(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     for run in runs:
         identity = dict(run["identity"])
         identity["purifier"] = registry.completed("purifiers", identity["purifier"])
-        if own(identity["view"]):
+        if identity["view"] == "exact" or SURROGATE.fullmatch(identity["view"]):
             identity["view"] = "exact"
         identity["weights"] = {k: v for k, v in identity["weights"].items() if not k.startswith("attack.")}
         key = json.dumps([identity[k] for k in CELL], sort_keys=True)
@@ -144,18 +146,25 @@ def worst_cases(runs: Iterable[dict[str, Any]]) -> list[Row]:
 def headline(runs: Iterable[dict[str, Any]]) -> list[Row]:
     """Per defense, threat and protocol what speaks for it: the worst case of its attacks, or the one that it met.
 
-    Of several views and settings the one of the lowest robust accuracy: a table sorted by robust accuracy would
-    otherwise open with the weakest attack. Who knew the draws that judge speaks only where nobody else does.
+    Of several views the one that leaves fewest ``select`` draws correct: a table sorted by robust accuracy would
+    otherwise open with the weakest attack. Of its seeds the lowest; verdict draws choose nothing here either. Who knew
+    those draws speaks only where nobody else does.
     """
-    found: dict[tuple, tuple[float, Row]] = {}
+    found: dict[tuple, list[Row]] = {}
     for number, met in enumerate(protocols(runs)):
         for of in groups(met):
             run, records = worst_of(of) if len(of) > 1 else (of[0], of[0]["records"])
-            robust = float(shares(records).mean()) + ("noise=verdict" in run["identity"]["view"])
-            key = number, defense(run)
-            if key not in found or robust < found[key][0]:
-                found[key] = robust, (run, records, of)
-    return [row for _, row in found.values()]
+            found.setdefault((number, defense(run)), []).append((run, records, of))
+
+    def left(row: Row) -> float:
+        return float(np.mean([_survival(r) for r in row[1]])) + ("noise=verdict" in row[0]["identity"]["view"])
+
+    chosen = []
+    for rows in found.values():
+        strongest = view(min(rows, key=left)[0]["identity"])
+        same = [row for row in rows if view(row[0]["identity"]) == strongest]
+        chosen.append(min(same, key=lambda row: (row[0]["identity"]["seed"], left(row))))
+    return chosen
 
 
 def defense(run: dict[str, Any]) -> str:
@@ -167,9 +176,23 @@ def defense(run: dict[str, Any]) -> str:
     return json.dumps([[identity[k] for k in keys], purifier, weights], sort_keys=True)
 
 
-def own(view: str) -> bool:
-    """Whether a view is of the defense's own gradient, or of a purifier that rounds, of one in its place."""
-    return bool(re.fullmatch(r"exact|surrogate:gradient=\w+", view))
+def own(view: str, purifier: str) -> bool:
+    """Whether a view is of the defense's own gradient: the exact one, or of a purifier that rounds one in its place.
+
+    A class that has an exact gradient may offer surrogates too, e.g. one branch of diffusevae's: they stand for no
+    attack on it. Of a purifier whose class isn't here no surrogate counts.
+    """
+    surrogate = SURROGATE.fullmatch(view)
+    if surrogate is None:
+        return view == "exact"
+    try:
+        spec = registry.parse(purifier)
+        component: Any = registry.described("purifiers", spec.name, spec.argument)
+    except UsageError:
+        return False
+    # a class that offers none has an instance that rounds: latent on a vector-quantised code
+    offered = getattr(component, "surrogates", ())
+    return not getattr(component, "differentiable", True) or surrogate[1] not in offered
 
 
 def attack_class(run: dict[str, Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -181,24 +182,27 @@ def _searches(run: dict[str, Any]) -> bool:
     """Whether the attack searched the whole ball by gradients of the defense itself, for as long as counts."""
     attack = evidence.attack_class(run)
     blind = getattr(attack, "black_box", False) or getattr(attack, "restricted", False)
-    walks = _option(run, "steps") >= STEPS and _option(run, "step", 1) >= 1  # as far as the radius, at least
+    steps, step_size = _option(run, "steps"), _option(run, "step_size")
+    far = step_size * steps >= float(Fraction(run["identity"]["eps"])) if step_size else _option(run, "step", 1) >= 1
+    walks = steps >= STEPS and far  # as far as the radius, at least
     return _own(run) and not blind and _gradients(run) > 0 and (walks or _standard(run))
 
 
 def _looks(run: dict[str, Any]) -> bool:
     """Whether the attack searched the defense itself without gradients, for as long as counts."""
     name = registry.parse(run["identity"]["attack"]).name
-    return _own(run) and (
-        name in LOOKING and _option(run, "queries") >= QUERIES or _standard(run) and not run["stochastic"]
-    )
+    queries = max(_option(run, "queries"), 2 * _option(run, "samples") * _option(run, "steps"))
+    return _own(run) and (name in LOOKING and queries >= QUERIES or _standard(run) and not run["stochastic"])
 
 
 def _own(run: dict[str, Any]) -> bool:
-    return not run["identity"]["attacker"] and evidence.own(run["identity"]["view"])
+    return not run["identity"]["attacker"] and evidence.own(run["identity"]["view"], run["identity"]["purifier"])
 
 
 def _effort(run: dict[str, Any]) -> float:
-    """Steps times draws per gradient of one search."""
+    """Steps times draws per gradient of one search; none of one that images leave early."""
+    if _option(run, "retire"):
+        return 0.0
     return _option(run, "steps") * max(_option(run, "eot"), 1)
 
 

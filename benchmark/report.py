@@ -131,7 +131,7 @@ def ranked(table: Table) -> list[int | None]:
     """
     groups: dict[tuple, list[int]] = {}
     for k, (one, scores) in enumerate(zip(table.rows, table.scores, strict=True)):
-        own = all(map(evidence.own, one["view"].split(", ")))
+        own = any(evidence.own(view, one["purifier"]) for view in one["view"].split(", "))
         if scores and own and one["grade"] not in ("F", None):
             key = tuple(one[c] for c in ("dataset", "norm", "eps", *PROTOCOL, "seed"))
             groups.setdefault((*key, tuple(sorted(scores))), []).append(k)

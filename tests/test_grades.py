@@ -70,6 +70,61 @@ def test_padding_with_weak_attacks_hides_no_strong_one():
     assert graded(made(0.5), strong, *weak).letter == graded(made(0.5), strong).letter == "F"
 
 
+def test_many_strong_rivals_hide_each_other_no_more_than_weak_ones_do():
+    rivals = [
+        made(0.3, n=120, seed=k) for k in range(1, 131)
+    ]  # flips count no p below 1/4001, and 1/4001 × 130 > 0.025
+    assert graded(made(0.6, n=120), *rivals).letter == graded(made(0.6, n=120), rivals[0]).letter == "F"
+
+
+def test_a_surrogate_stands_for_no_attack_where_there_is_an_exact_gradient():
+    for purifier, gradient, counts in (
+        ("vqvae", "soft", True), ("latent-vq", "ste", True), ("jpeg", "soft", True),
+        ("diffusevae-nvae", "structure", False), ("map", "identity", False), ("vae", "mean", False),
+        ("file:elsewhere.py:Mine", "soft", False),
+    ):  # fmt: skip
+        view = f"surrogate:gradient={gradient}"
+        assert evidence.own(view, purifier) == counts, purifier
+        run = made(0.5, purifier=purifier, view=view)
+        assert (status(graded(run), "gradients") == "pass") == counts
+        table = report.table([run, made(0.4, purifier=purifier, classifier="resnet-at", view=view)])
+        assert (report.ranked(table) != [None, None]) == counts
+    with_, without = made(0.5, view="surrogate:gradient=mean"), made(0.6)
+    row = (*evidence.worst_of([with_, without]), [with_, without])
+    table = report.assembled([row, (without, without["records"], [without])], [with_, without])
+    assert None not in report.ranked(table), "beside the exact gradient a surrogate only makes the worst case worse"
+
+
+def test_steps_that_cannot_reach_the_radius_are_no_search():
+    for spec, counts in (
+        ("pgd:eot=4,step_size=0.000001,steps=20", False), ("pgd:eot=4,step_size=0.1,steps=20", True),
+        ("pgd:eot=4,step=0.5,steps=20", False),
+    ):  # fmt: skip
+        assert (status(graded(made(0.5, spec=spec)), "gradients") == "pass") == counts, spec
+
+
+def test_a_search_that_images_leave_early_is_no_longer_one():
+    run, auto, looking = made(0.5), *ALL[:2]
+    for retire, letter in ((0, "A"), (16, "B")):
+        longer = made(0.5, budget="custom", spec=f"pgd:eot=8,retire={retire},steps=20")
+        assert graded(run, auto, looking, longer).letter == letter
+
+
+def test_spsa_looks_as_often_as_it_asks():
+    for samples, counts in ((1, False), (32, True)):
+        spsa = made(0.6, attack="square", gradients=0.0, spec=f"spsa:samples={samples},steps=20")
+        assert (status(graded(made(0.5), spsa), "looking") == "pass") == counts
+
+
+def test_verdict_draws_choose_no_headline():
+    weak, strong = made(0.4, view="bpda", draws=9), made(0.5, draws=9)
+    for run, select in ((weak, 0.9), (strong, 0.1)):  # by the draws that may choose, the other one is stronger
+        for k, record in enumerate(run["records"]):
+            record["select"] = [record["label"] if k < select * len(run["records"]) else -1]
+    ((run, _, _),) = evidence.headline([weak, strong])
+    assert run["identity"]["view"] == "exact"
+
+
 @pytest.mark.parametrize(
     "rival",
     [
