@@ -120,7 +120,10 @@ class Engine:
             yield [p for p in left if first <= p < first + BLOCK]
 
     def _aligned(self, first: int) -> list[int]:
-        """A package's search depends on its whole group: so that raising n extends the run, none is cut short."""
+        """A package's search depends on its whole group: so that raising n extends the run, none is cut short.
+
+        But for the last, at the end of what is loaded.
+        """
         return list(range(first, min(first + BLOCK, len(self.cell.data))))
 
     def _search(self, positions: list[int], state: dict[str, Tensor] | None) -> Search:
