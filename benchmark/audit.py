@@ -255,7 +255,11 @@ def _render_black_box(pairs: Sequence[dict[str, Any]]) -> str:
     for p in pairs:
         cells = [str(p[k]) for k in ("purifier", "classifier", "white_box", "black_box", "norm", "eps", "n")]
         cells += [f"{100 * p[k]:.1f}" for k in ("white", "black")]
-        cells += [wording.points(p["difference"], p["low"], p["high"]), f"{p['p']:.4f}", wording.share(p["detectable"])]
+        cells += [
+            wording.points(p["difference"], p["low"], p["high"]),
+            wording.p_value(p["p"]),
+            wording.share(p["detectable"]),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -81,8 +81,9 @@ def compare(a: np.ndarray, b: np.ndarray, *, one_sided: bool = False, flips: int
     d_i = p_A,i - p_B,i; the interval is mean ± 1.96 s' / sqrt(n), where s' is the standard deviation of the d_i with
     one image more that favours A by m and one that favours B by it, m the largest |d_i|, at least 1/2, and 1 where none
     differs. Where few images differ, as under a deterministic defense, a bootstrap covers 46 to 90 %, for it knows no
-    image that it didn't see; with the two it is 94 % and more. p is the share of random sign flips of d that give a
-    mean at least as far from zero (the observed one counted in), one-sided at least as high.
+    image that it didn't see; with the two it is 91 % and more, and an interval may hold 0 where p is small. p is the
+    share of random sign flips of d that give a mean at least as far from zero (the observed one counted in), one-sided
+    at least as high, or a bound on the share of all flips if that is less (``_beyond``).
 
     Raises:
         ValueError: if the images aren't the same in number.

@@ -96,6 +96,11 @@ def share(value: float | None) -> str:
     return "–" if value is None else percent(value)
 
 
+def p_value(p: float) -> str:
+    """A p-value, which is never 0."""
+    return f"{p:.4f}" if p >= 5e-5 else "<0.0001"
+
+
 def points(difference: float, low: float, high: float) -> str:
     """A difference of accuracies with its interval, in percentage points."""
     return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"

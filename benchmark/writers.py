@@ -178,16 +178,16 @@ def comparison(table: Sequence[dict[str, Any]], reference: dict[str, Any], form:
             *(str(r[key]) for key in ("purifier", "classifier", "display", "view", "budget", "draws", "n")),
             wording.percent(r["robust"]), wording.percent(r["reference"]),
             wording.points(r["difference"], r["low"], r["high"]),
-            f"{r['p']:.4f}", f"{r['p_holm']:.4f}", wording.share(r["detectable"]),
+            wording.p_value(r["p"]), wording.p_value(r["p_holm"]), wording.share(r["detectable"]),
         ]
         for r in table
     ]  # fmt: skip
     one = report.row(reference, reference["records"])
     note = (
         f"Reference: {one['purifier']} + {one['classifier']} under {one['display']}, view {one['view']}; "
-        f"{wording.facts(Table([one]))} Differences to it are paired over the images that both have: intervals by "
-        "normal approximation, p by sign flips, Holm over the rows; detectable is what such a test would notice in "
-        "four of five cases."
+        f"{wording.facts(Table([one]))} Differences to it are paired over the images that both have: intervals "
+        "are normal, with an image not seen either way, p by sign flips, Holm over the rows; detectable is what such a "
+        "test would notice in four of five cases."
     )
     if form == "latex":
         return tabular(head, rows, f"Robust accuracy, paired with {one['purifier']} + {one['classifier']}", note)
