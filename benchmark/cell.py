@@ -383,15 +383,21 @@ class Cell:
         x = self.data.images(slice(0, 1)).to(self.device)
         try:
             with torch.no_grad():
-                classes = self.defense.classifier(x).shape[1]
-        except RuntimeError as error:  # torch's own, of shapes that don't fit
+                logits = self.defense.classifier(x)
+        except Exception as error:  # torch's own, of shapes that don't fit, or whatever a user's module raises
             raise UsageError(
-                f"{self}: the classifier takes no images of shape {tuple(x.shape[1:])}: {error}"
+                f"{self}: the classifier takes no images of shape {tuple(x.shape[1:])}: {registry.raised(error)}"
             ) from error
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+            raise UsageError(
+                f"{self}: the classifier returned {what}; it has to return logits, a tensor of shape (images, classes)"
+            )
+        classes = logits.shape[1]
         form, least = self.data.form, self.attack.least_classes(self.drawing)
         if form.family in data.FORMS and classes != form.classes:
             raise UsageError(f"{self}: {form.family} has {form.classes} classes, the classifier has {classes} outputs")
-        highest = int(self.data.labels[: self.n].max())
+        highest = int(self.data.labels.max())
         if highest >= classes:
             raise UsageError(f"{self}: labels go up to {highest}, the classifier has {classes} outputs")
         if classes < least:

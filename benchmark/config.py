@@ -78,6 +78,8 @@ def radius(text: str | float | Fraction | None, norm: str, dataset: str) -> Frac
         if norm not in defaults:
             raise UsageError(f"no default {norm} radius for {dataset}: give --eps, e.g. --eps 8/255")
         text = defaults[norm]
+    if isinstance(text, float) and Fraction(round(255 * text), 255) == Fraction(text).limit_denominator(255):
+        text = f"{round(255 * text)}/255"  # 8 / 255 in a program is 8/255, as long as no other fraction is meant
     try:
         eps = Fraction(str(text).replace(" ", ""))
     except (ValueError, ZeroDivisionError):

@@ -54,18 +54,24 @@ def _made(shelf: checkpoints.Shelf, purifier: str, classifier: str, need: Any, c
         | {f"classifier.{k}": v for k, v in f.weights.items()},
         "names": {"purifier": purifier, "classifier": classifier},
     }
+    defense.as_described = _stamps(defense)  # type: ignore[assignment]
     defense.accuracy = f.accuracy  # type: ignore[assignment]
     return defense
 
 
 def describe(defense: Defense) -> dict[str, Any]:
-    """What identifies a defense: canonical specs and weight hashes, or, if it was built by hand, what it holds."""
-    if hasattr(defense, "described"):
+    """What identifies a defense: canonical specs and weight hashes, or, if it was built or changed by hand, what it
+    holds."""
+    if getattr(defense, "as_described", None) == _stamps(defense):
         return defense.described  # type: ignore[return-value]
     parts = {"purifier": defense.purifier, "classifier": defense.classifier}
     names = {part: type(module).__name__ for part, module in parts.items()}
     weights = {part: checkpoints.fingerprint(module) for part, module in parts.items()}
     return {**names, "weights": weights, "names": names}
+
+
+def _stamps(defense: Defense) -> list[tuple]:
+    return [checkpoints.stamp(module) for module in (defense.purifier, defense.classifier)]
 
 
 def tamed(defense: Defense, x: Tensor) -> Defense:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmark import evidence, registry, report, wording
-from benchmark.config import PROTOCOL
+from benchmark.config import BUDGETS, PROTOCOL
 from benchmark.gallery import ROWS, SHOWN
 from benchmark.grades import MEANING, grades
 from benchmark.report import RULES
@@ -120,6 +120,9 @@ def _picture(run: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
 def command(run: dict[str, Any]) -> str:
     """The command line that measures a run again."""
     identity, names = run["identity"], run["names"]
+    by_hand = [identity[kind] for kind in ("purifier", "classifier") if kind in identity["weights"]]
+    if by_hand or identity["dataset"] == "tensors":
+        return f"# built in Python: {', '.join(by_hand) or 'its images'}"
     custom = identity["budget"] == "custom"
     options: dict[str, Any] = {
         "dataset": identity["dataset"],
@@ -132,13 +135,19 @@ def command(run: dict[str, Any]) -> str:
         "attacker": identity["attacker"],
         "copies": identity["copies"] if identity["copies"] > 1 else None,
         "combine": identity["combine"] if identity["copies"] > 1 else None,
-        "budget": "quick" if custom else identity["budget"],
+        "budget": _like(identity) if custom else identity["budget"],
+        "precision": identity["precision"] if identity["precision"] != "float32" else None,
         "n-examples": run["n"],
         "draws": identity["draws"] if custom and run["stochastic"] else None,
         "seed": identity["seed"],
     }
     words = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
     return shlex.join(["python", "-m", "benchmark", "run", *words])
+
+
+def _like(identity: dict[str, Any]) -> str:
+    """The budget with as many select draws as a run that has none of its own."""
+    return next((name for name, b in BUDGETS.items() if b.select == identity["select"]), "quick")
 
 
 def _row(run: dict[str, Any], of: Sequence[dict[str, Any]], by_rule: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -145,8 +145,8 @@ def _family(path: str, family: str) -> str:
     """The data set that a path's images belong to, as told or as the path's parts name it; else "images"."""
     if family:
         family = family.replace("_", "-").lower()
-        if family not in FORMS:
-            raise UsageError(unknown("data set (family=)", family, sorted(FORMS)))
+        if family not in (*FORMS, "images"):
+            raise UsageError(unknown("data set (family=)", family, ["images", *sorted(FORMS)]))
     else:
         parts = [Path(path).stem, *reversed(Path(path).expanduser().absolute().parent.parts)]
         known = [p.lower().replace("_", "-") for p in parts]
@@ -158,7 +158,7 @@ def from_folders(name: str, family: str, root: Path, rows: int, size: int, class
     """A data set of one folder per class."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    kinds = sorted(p.name for p in root.iterdir() if p.is_dir())
+    kinds = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if classes is not None and len(kinds) != classes:
         raise UsageError(
             f"{root} has {len(kinds):,} class folders, {family} has {classes:,} classes: labels are the folders' "
@@ -214,7 +214,8 @@ def decoded(
         )
     chosen = torch.as_tensor(labels)[:taken].long()
     if int(chosen.min()) < 0 or int(chosen.max()) >= classes:
-        raise UsageError(f"{name}: a label is {int(chosen.max())}, {family} has {classes} classes")
+        wrong = int(chosen.min()) if int(chosen.min()) < 0 else int(chosen.max())
+        raise UsageError(f"{name}: a label is {wrong}, {family} has {classes} classes, from 0")
     return Dataset(
         name, torch.stack(pixels), chosen, torch.tensor(ids or range(taken))[:taken],
         hashlib.sha256(order.encode()).hexdigest(),
@@ -235,6 +236,8 @@ def _pixels(
     for position, content in enumerate(contents):
         try:
             opened = Image.open(io.BytesIO(content()))
+            if deep(opened):
+                raise UsageError(f"{name}: image {position} has {opened.mode} pixels; convert it to 8 bits a channel")
             grey = channels == 1 or (channels is None and opened.mode in ("1", "L", "LA"))
             image = opened.convert("L" if grey else "RGB")
         except (OSError, TypeError, SyntaxError) as error:
@@ -244,3 +247,8 @@ def _pixels(
         elif size:
             image = f.center_crop(f.resize(image, [round(size * 8 / 7)]), [size, size])
         yield f.pil_to_tensor(image)
+
+
+def deep(image: Any) -> bool:
+    """Whether a Pillow image has more than 8 bits a channel, which a conversion would cut off, not scale."""
+    return str(image.mode).startswith(("I", "F"))

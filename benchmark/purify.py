@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 
 from benchmark import checkpoints
 from benchmark.errors import UsageError
+from benchmark.pictures import deep
 from benchmark.repeatable import make_repeatable
 from purifiers import Tape
 from purifiers._base import call
@@ -37,6 +38,8 @@ def purify(
     channels, height, width = need.form.shape
     try:
         with Image.open(source) as opened:
+            if deep(opened):
+                raise UsageError(f"{source} has {opened.mode} pixels; convert it to 8 bits a channel")
             mode = "L" if channels == 1 else "RGB"
             changed = "" if opened.mode == mode else f"; read as {mode}, it was {opened.mode}"
             image = opened.convert(mode)
@@ -58,6 +61,9 @@ def purify(
     tape = Tape(seed, "purify", torch.zeros(1, dtype=torch.long)).to(device)
     with torch.no_grad():
         clean = call(component.module.to(device), x.contiguous().to(device), tape).cpu()
+    if clean.shape != x.shape or not clean.isfinite().all():
+        what = f"shape {tuple(clean.shape)}" if clean.shape != x.shape else "values that aren't finite"
+        raise UsageError(f"{component.spec} returned {what} for an image of shape {tuple(x.shape)}; check says more")
     pixels = (clean[0].clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     try:
         Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(target)

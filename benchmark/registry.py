@@ -230,6 +230,8 @@ def resolve(component: Callable, spec: Spec, defaults: Mapping[str, Value] | Non
         if key not in known:
             raise UsageError(f"{spec.name}: {unknown('option', key, sorted(known))}")
         chosen[key] = _typed(value, _hint(component, known[key]), f"{spec.name}: {key}")
+    if spec.name == "file" and (missing := [k for k, v in chosen.items() if v is inspect.Parameter.empty]):
+        raise UsageError(f"{spec}: {missing[0]} has no default; write file:{spec.argument},{missing[0]}=VALUE")
     return chosen
 
 

@@ -50,6 +50,8 @@ def replay(run: dict[str, Any], count: int, *, weights: Sequence[Path] = (), dat
     identity, folder = run["identity"], Path(run["folder"])
     records = run["records"][:count]
     path = folder / "adversarial.npy"
+    if not records:
+        raise UsageError(f"{folder} has no finished image yet: the command that began it continues it")
     if not path.is_file():
         raise UsageError(f"{path}: no such file; adversarial images stay with the run: repeat it with another --out")
     if len(records) < count:

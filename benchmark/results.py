@@ -102,7 +102,7 @@ class Run:
             self.check_identity()
             path = self.folder / "run.json"
             if path.exists():
-                self._check_environment(json.loads(path.read_text()), mixed_environment)
+                self._check_environment(_json(path), mixed_environment)
             replace(path, json.dumps(self.settings | {"n": n}, indent=2, sort_keys=True) + "\n")
             self._room(n, shape)
 
@@ -155,7 +155,12 @@ class Run:
         path = self.folder / self.state
         if not path.exists():
             return []
-        lanes = torch.load(path, map_location="cpu", weights_only=True).get("lanes", [])
+        try:
+            lanes = torch.load(path, map_location="cpu", weights_only=True).get("lanes", [])
+        except Exception as error:  # torch raises what its reader does
+            raise UsageError(
+                f"{path} can't be read ({error}); delete it, and what was under way begins anew"
+            ) from error
         return [lane | {"state": {k: v.to(device) for k, v in lane["state"].items()}} for lane in lanes]
 
     def begun_rows(self, *, halved: bool = False) -> int | None:
@@ -164,7 +169,7 @@ class Run:
         With ``halved`` only a count that memory forced upon it.
         """
         path = self.folder / "run.json"
-        found = json.loads(path.read_text()) if path.exists() else {}
+        found = _json(path) if path.exists() else {}
         if not found or not ("halved_to" in found if halved else self._begun() or self.shared or "halved_to" in found):
             return None
         return found["environment"].get("rows")
@@ -177,7 +182,7 @@ class Run:
             (self.folder / self.state).unlink(missing_ok=True)
             self.settings.setdefault("halved_to", []).append(rows)
             self.settings["environment"]["rows"] = rows
-            found = json.loads((self.folder / "run.json").read_text())
+            found = _json(self.folder / "run.json")
             replace(self.folder / "run.json", json.dumps(found | self.settings, indent=2, sort_keys=True) + "\n")
 
     def finish(self, n: int | None = None) -> Path:
@@ -189,7 +194,7 @@ class Run:
             return self.folder
         with self._alone(), writing(self.folder):
             records = [record for _, record in sorted(self.done().items())]
-            whole = json.loads((self.folder / "run.json").read_text())["n"]
+            whole = _json(self.folder / "run.json")["n"]
             if len(records) < (n or whole):
                 return self.folder
             blocks = sorted((self.folder / "logits").glob("*.npz"))
@@ -226,7 +231,7 @@ class Run:
     def check_identity(self) -> None:
         """Refuse a folder that holds another run."""
         path = self.folder / "run.json"
-        theirs = json.loads(path.read_text())["identity"] if path.exists() else self.settings["identity"]
+        theirs = _json(path)["identity"] if path.exists() else self.settings["identity"]
         ours = self.settings["identity"]
         if theirs != ours:
             differ = [k for k in ours if theirs.get(k) != ours[k]]
@@ -273,10 +278,12 @@ class Run:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """The settings of a run, with its finished records as "records" and its seconds as "seconds"."""
-    settings = json.loads((folder / "run.json").read_text())
+    settings = _json(folder / "run.json")
+    if missing := [key for key in ("identity", "names", "environment", "n", "stochastic") if key not in settings]:
+        raise UsageError(f"{folder / 'run.json'} has no {missing[0]}: restore it, or delete {folder} and run again")
     records = _records(folder)
     timing = folder / "timing.jsonl"
-    times = [json.loads(line) for line in timing.read_text().splitlines()] if timing.exists() else []
+    times = _lines(timing) if timing.exists() else []
     return settings | {
         "records": [records[k] for k in sorted(records)],
         "complete": (folder / "records.jsonl").exists() and len(records) >= settings["n"],
@@ -304,7 +311,21 @@ def _finished(path: Path, changed: int, size: int) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    """The whole lines of a file; a last one without an end is being written, or was torn."""
+    return [_json(path, line, k) for k, line in enumerate(path.read_text().split("\n")[:-1], 1)]
+
+
+def _json(path: Path, text: str | None = None, line: int = 0) -> Any:
+    """What a file, or a line of it, says.
+
+    Raises:
+        UsageError: if it is damaged.
+    """
+    try:
+        return json.loads(path.read_text() if text is None else text)
+    except ValueError as error:
+        where = f"line {line} of {path}" if line else str(path)
+        raise UsageError(f"{where} is damaged ({error}): restore it, or delete {path.parent} and run again") from error
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -32,8 +33,10 @@ def verify(run: dict[str, Any], settings: Settings, *, dataset: str | None = Non
 
     - ``identity``: run.json is what its folder's name is the hash of.
     - ``records``: one per image, of the numbers of draws that run.json states.
-    - ``adversarial``: the adversarial images, if they are at hand, are in [0, 1] and within eps.
-    - ``defense``: what is at hand by the names in run.json has the same weights, images, options and protocol.
+    - ``adversarial``: the adversarial images, if they are at hand, are in [0, 1] and within eps, and of those that
+      the data set gives here as far from them as recorded.
+    - ``defense``: what is at hand by the names in run.json has the same weights, images, options and protocol, and is
+      what a table calls it.
     - ``labels``: the records' labels are the data set's.
     - ``attacked-again``: the first ``settings.n`` images give the same records, draw by draw; where the machine or the
       versions are others, bits may differ, and a warning says in how many.
@@ -45,12 +48,13 @@ def verify(run: dict[str, Any], settings: Settings, *, dataset: str | None = Non
         dataset: where the data set is, if it came from files.
         again: attack, or only look.
     """
-    checks = [_identity(run), _records(run), _adversarial(run)]
+    checks = [_identity(run), _records(run)]
     try:
         cell = rebuilt(run, settings, dataset)
     except (UsageError, RunError) as error:
         advice = "say where things are: --dataset, --weights, --data-dir"
-        return [*checks, Check("defense", "fail", str(error), "can be built here", advice)]
+        return [*checks, _adversarial(run, None), Check("defense", "fail", str(error), "can be built here", advice)]
+    checks.append(_adversarial(run, cell))
     checks += [_defense(run, cell), _labels(run, cell.data)]
     if again and all(check.status != "fail" for check in checks):
         checks += _again(run, cell)
@@ -85,7 +89,7 @@ def rebuilt(run: dict[str, Any], settings: Settings, dataset: str | None = None)
 
 def _identity(run: dict[str, Any]) -> Check:
     digest = hashlib.sha256(json.dumps(run["identity"], sort_keys=True).encode()).hexdigest()[:8]
-    same = str(run["folder"]).endswith(f"-{digest}")
+    same = Path(run["folder"]).resolve().name.endswith(f"-{digest}")
     advice = "run.json or the folder's name was changed after the run: attack again"
     return Check("identity", "pass" if same else "fail", digest, "as the folder's name ends", advice)
 
@@ -105,16 +109,30 @@ def _records(run: dict[str, Any]) -> Check:
     return Check("records", "pass" if good else "fail", found, f"{run['n']} of {run['n']}", advice)
 
 
-def _adversarial(run: dict[str, Any]) -> Check:
+def _adversarial(run: dict[str, Any], cell: Cell | None) -> Check:
+    """The stored images: as many as there are records, in the ball, and, of the images at hand, as far as recorded."""
     path, identity = Path(run["folder"]) / "adversarial.npy", run["identity"]
     if not path.is_file() or identity["norm"] not in ("Linf", "L2"):
         return Check("adversarial", "n/a", "not at hand" if not path.is_file() else identity["norm"], "", "")
-    stored, eps = np.load(path, mmap_mode="r"), float(Fraction(identity["eps"]))
-    inside = bool(np.isfinite(stored).all() and stored.min() >= 0 and stored.max() <= 1)
-    farthest = max(r["distance"] for r in run["records"])
-    good = inside and farthest <= eps * (1 + 1e-5)
-    advice = "an attack left its threat model: its number is of another one"
-    return Check("adversarial", "pass" if good else "fail", farthest, f"within {identity['eps']}, in [0, 1]", advice)
+    expected = f"within {identity['eps']}, in [0, 1], as recorded"
+    try:
+        stored = np.load(path, mmap_mode="r")
+    except (ValueError, OSError) as error:
+        return Check("adversarial", "fail", str(error), expected, f"{path} is damaged: attack again")
+    eps = float(Fraction(identity["eps"]))
+    by_id = {r["id"]: r for r in run["records"]}
+    farthest = max((r["distance"] for r in by_id.values()), default=0.0)
+    good = len(stored) >= len(by_id) and farthest <= eps * (1 + 1e-5)
+    if good and cell is not None:
+        rows = [k for k, i in enumerate(cell.data.ids.tolist()[: len(stored)]) if i in by_id]
+        x_adv, x = torch.from_numpy(np.array(stored[rows])), cell.data.images(torch.tensor(rows, dtype=torch.long))
+        recorded = torch.tensor([by_id[int(i)]["distance"] for i in cell.data.ids[rows]], dtype=torch.float64)
+        inside = bool(x_adv.isfinite().all()) and bool((x_adv >= 0).all()) and bool((x_adv <= 1).all())
+        good = inside and torch.allclose(cell.threat.distance(x_adv, x), recorded, rtol=1e-5, atol=1e-7)
+    elif good:
+        good = bool(np.isfinite(stored).all() and stored.min() >= 0 and stored.max() <= 1)
+    advice = "an attack left its threat model, or the images aren't the recorded ones: attack again"
+    return Check("adversarial", "pass" if good else "fail", farthest, expected, advice)
 
 
 def _differing(run: dict[str, Any], cell: Cell) -> list[str]:
@@ -127,8 +145,21 @@ def _differing(run: dict[str, Any], cell: Cell) -> list[str]:
 
 def _defense(run: dict[str, Any], cell: Cell) -> Check:
     differing = _differing(run, cell)
+    names, identity = run["names"], run["identity"]
+    differing += [
+        f"names.{kind}"
+        for kind in ("purifier", "classifier")
+        if not registry.parse(identity[kind]).name.startswith(registry.parse(names[kind]).name)
+    ]
+    if _unversioned(names["display"]) != _unversioned(cell.names["display"]):
+        differing.append("names.display")
     advice = "what is at hand isn't what was attacked: the same weights, files and version of this benchmark are needed"
     return Check("defense", "fail" if differing else "pass", ", ".join(differing), "nothing differs", advice)
+
+
+def _unversioned(display: str) -> str:
+    """What a table calls an attack, whichever version of a package ran it."""
+    return re.sub(r" \d+(\.\d+)+", "", display)
 
 
 def _labels(run: dict[str, Any], images: data.Dataset) -> Check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
@@ -15,7 +16,20 @@ from scipy.stats import binom, norm
 from torch import Tensor, nn
 
 from attacks import NORMS
-from benchmark import cli, data, evaluate, evidence, loaders, report, stats, writers
+from benchmark import (
+    checkpoints,
+    cli,
+    config,
+    data,
+    defenses,
+    evaluate,
+    evidence,
+    load,
+    loaders,
+    report,
+    stats,
+    writers,
+)  # fmt: skip
 from benchmark.cell import Incomplete, Result
 from benchmark.errors import RunError, UsageError
 from benchmark.results import find_runs
@@ -528,9 +542,100 @@ def test_a_defense_built_by_hand_with_other_options_is_another_run(tmp_path):
     assert quiet.folder != loud.folder, "the second evaluation must not be answered with the first one's records"
 
 
+class Scaled(nn.Module):
+    """What it does stands in an attribute of a kind that no state_dict knows."""
+
+    def __init__(self, held, scale):
+        super().__init__()
+        self.held, self.scale = held, scale
+
+    def forward(self, x):
+        return self.scale(self.held, x)
+
+
+def grown(held, x):
+    return x + 1
+
+
+HELD = {
+    "tensor": (torch.tensor(0.5), torch.tensor(0.9)), "array": (np.ones(2), np.zeros(2)), "dict": ({"k": 1}, {"k": 9}),
+    "nested": ([{"k": (1, None)}], [{"k": (2, None)}]), "object": (Fraction(1, 3), Fraction(1, 4)),
+    "closure": (lambda: 1, lambda: 2), "type": (np.float32, np.float64),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("first, second", HELD.values(), ids=HELD)
+def test_what_a_module_holds_decides_its_fingerprint(first, second):
+    def scale(held, x):
+        return x
+
+    one, same, other = (checkpoints.fingerprint(Scaled(held, scale)) for held in (first, copy.deepcopy(first), second))
+    assert one == same != other
+    assert checkpoints.fingerprint(Scaled(first, grown)) != one
+    inner = [nn.Sequential(Scaled(first, f), nn.ReLU()) for f in (scale, scale, grown)]
+    assert checkpoints.fingerprint(inner[0]) == checkpoints.fingerprint(inner[1]) != checkpoints.fingerprint(inner[2])
+
+
+def test_a_loaded_defense_that_was_changed_is_no_longer_the_one_that_was_loaded(tmp_path):
+    def loaded() -> Defense:
+        return load("vae", classifier="resnet", dataset="fashion-mnist")
+
+    described = defenses.describe(loaded())
+    assert defenses.describe(loaded().to(torch.float64))["purifier"] == described["purifier"], "only moved"
+    for change in (
+        lambda d: next(d.classifier.parameters()).zero_(),
+        lambda d: setattr(d, "classifier", loaded().classifier),
+        lambda d: setattr(d.purifier, "temperature", 3.0),
+    ):
+        defense = loaded()
+        change(defense)
+        assert defenses.describe(defense)["weights"] != described["weights"]
+
+
+class Says(nn.Module):
+    """A classifier that returns something."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+
+    def forward(self, x):
+        return self.what(x)
+
+
+@pytest.mark.parametrize(
+    "what, said",
+    [
+        (lambda x: (x.flatten(1),), "the classifier returned tuple; it has to return logits"),
+        (lambda x: x.flatten(), r"the classifier returned shape \(64,\)"),
+        (lambda x: {}["logits"], "takes no images of shape .*KeyError: 'logits'"),
+    ],
+)
+def test_a_classifier_that_gives_no_logits_is_said(tmp_path, what, said):
+    with pytest.raises(UsageError, match=said):
+        evaluate(Defense(Identity(), Says(what)), gaussian(4), "pgd:steps=1", eps="1/64", n=4, out=tmp_path, quiet=True)
+
+
+def test_a_radius_computed_in_a_program_is_the_fraction_that_was_meant():
+    for value, meant in ((16 / 255, "16/255"), (8 / 255, "8/255"), (0.1, "1/10"), (0.5, "1/2"), (0.06, "6/100")):
+        assert config.radius(value, "Linf", "cifar10") == Fraction(meant)
+
+
+@pytest.mark.parametrize("name", ["run.json", "records.jsonl"])
+def test_a_damaged_file_is_named_with_the_remedy(tmp_path, capsys, name):
+    result = evaluate(
+        Defense(Identity(), TwoLogits()), gaussian(4), "pgd:steps=1", eps="1/64", n=4, out=tmp_path, quiet=True
+    )
+    path = result.folder / name
+    path.write_text("{torn\n" + path.read_text())
+    for command in (["report"], ["verify"], ["audit", "--only", "grades"]):
+        assert cli.main([command[0], str(tmp_path), *command[1:]]) == cli.USAGE
+        said = capsys.readouterr().err
+        assert str(path) in said and "is damaged" in said and f"delete {result.folder} and run again" in said
+
+
 def test_the_documented_import_gives_the_functions():
     from benchmark import evaluate as documented
-    from benchmark import load
 
     assert isinstance(load("identity", classifier=f"file:{HERE}:TwoLogits"), Defense)
     x, y = gaussian(4)

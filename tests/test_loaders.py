@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 
 from benchmark import data, loaders
+from benchmark.checkpoints import Need
 from benchmark.errors import UsageError
+from benchmark.purify import purify
 
 RNG = np.random.default_rng(0)
 
@@ -280,6 +282,23 @@ def test_a_folder_of_images_of_several_sizes_asks_for_one(tmp_path):
     with pytest.raises(UsageError, match=r"size=N makes them one"):
         data.load(f"folder:{tmp_path / 'a'}", 8)
     assert data.load(f"folder:{tmp_path / 'a'},size=7", 8).shape == (3, 7, 7)
+
+
+def test_hidden_folders_are_no_classes_and_images_may_be_of_no_known_family(tmp_path):
+    folders(tmp_path / "imagenet" / "mine", ["cat", "dog"])
+    (tmp_path / "imagenet" / "mine" / ".ipynb_checkpoints").mkdir()
+    read = data.load(f"folder:{tmp_path / 'imagenet' / 'mine'},family=images", 8)
+    assert read.form == data.Form("images", (3, 9, 9), 2) and sorted(read.labels.tolist()) == [0] * 4 + [1] * 4
+
+
+def test_images_of_more_than_eight_bits_are_refused(tmp_path):
+    folders(tmp_path / "a", ["x"], each=1)
+    deep = tmp_path / "a" / "x" / "deep.png"
+    Image.fromarray(np.linspace(0, 65535, 81).astype(np.uint16).reshape(9, 9)).save(deep)
+    with pytest.raises(UsageError, match="has I;16 pixels; convert it to 8 bits a channel"):
+        data.load(f"folder:{tmp_path / 'a'}", 2)
+    with pytest.raises(UsageError, match="has I;16 pixels; convert it to 8 bits a channel"):
+        purify(deep, tmp_path / "out.png", "identity", Need(data.Form("images", (3, 9, 9), 2)), resize=True, seed=0)
 
 
 def test_folders_that_are_none(tmp_path):

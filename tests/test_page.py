@@ -123,6 +123,15 @@ def test_commands_are_of_the_grammar_and_name_the_run(runs):
         assert arguments.n_examples == run["n"] and arguments.seed == identity["seed"]
 
 
+def test_a_command_makes_the_same_run_or_there_is_none(runs):
+    run = json.loads(json.dumps(runs[0], default=str))
+    run["identity"] |= {"precision": "float64", "budget": "custom", "select": 20}
+    words = shlex.split(command(run))
+    assert words[words.index("--precision") + 1] == "float64" and words[words.index("--budget") + 1] == "paper"
+    run["identity"] |= {"purifier": "Blur", "weights": {"purifier": "0", "classifier.net": "1"}}
+    assert command(run) == "# built in Python: Blur", "no shipped component of that name is run in its place"
+
+
 def test_records_are_in_the_page_as_they_were_written(runs, data):
     run = runs[0]
     files = json.loads(gzip.decompress(base64.b64decode(data["records"][str(run["folder"])])))

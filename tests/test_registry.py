@@ -246,6 +246,15 @@ def test_a_class_that_a_file_does_not_define(newcomer, tmp_path):
         load("attacks", "file", f"{path}:Shrink")
 
 
+def test_an_option_without_a_default_has_to_be_given():
+    def made(*, scale: float):
+        return scale
+
+    with pytest.raises(UsageError, match="scale has no default; write file:mine.py:made,scale=VALUE"):
+        resolve(made, Spec("file", "mine.py:made", {}))
+    assert resolve(made, Spec("file", "mine.py:made", {"scale": 2})) == {"scale": 2.0}
+
+
 @given(values)
 def test_show_and_read_are_inverse(value):
     assert read(show(value)) == value

@@ -77,7 +77,7 @@ def test_robustness_that_was_made_up_is_found(run, tmp_path):
 
 def test_on_another_machine_bits_may_differ_but_not_the_number(run, tmp_path):
     rewritten(run / "run.json", lambda run: run["environment"].update(device_name="another"))
-    rewritten(run / "records.jsonl", lambda record: record.update(distance=record["distance"] * 0.999))
+    rewritten(run / "records.jsonl", lambda record: record.update(broken_at=record["broken_at"] + 1))
     found = statuses(run, tmp_path)
     assert (found["attacked-again"], found["robust-again"]) == ("warn", "pass")
 
@@ -91,6 +91,20 @@ def move_images(folder: Path) -> None:
     np.save(folder / "adversarial.npy", np.load(folder / "adversarial.npy") + 0.5)
 
 
+def invent_images(folder: Path) -> None:
+    stored = np.load(folder / "adversarial.npy")
+    np.save(folder / "adversarial.npy", np.random.default_rng(0).random(stored.shape, dtype=np.float32))
+
+
+def cut_images(folder: Path) -> None:
+    np.save(folder / "adversarial.npy", np.load(folder / "adversarial.npy")[:1])
+
+
+def tear_images(folder: Path) -> None:
+    path = folder / "adversarial.npy"
+    path.write_bytes(path.read_bytes()[:200])
+
+
 TAMPERED: dict[str, tuple[str, Callable[[Any], None]]] = {
     "labels": ("labels", lambda record: record.update(label=record["label"] ^ 1)),
     "draws": ("records", lambda record: record["adv"].pop()),
@@ -101,13 +115,18 @@ TAMPERED: dict[str, tuple[str, Callable[[Any], None]]] = {
     "data": ("defense", lambda run: run["identity"].update(fingerprint="0")),
     "missing": ("records", drop_first),
     "images": ("adversarial", move_images),
+    "invented": ("adversarial", invent_images),
+    "cut": ("adversarial", cut_images),
+    "torn": ("adversarial", tear_images),
+    "purifier": ("defense", lambda run: run["names"].update(purifier="diffpure")),
+    "display": ("defense", lambda run: run["names"].update(display="AutoAttack (standard)")),
 }
 
 
 @pytest.mark.parametrize("how", TAMPERED)
 def test_each_way_of_tampering_fails_its_check(run, tmp_path, how):
     check, change = TAMPERED[how]
-    if how in ("missing", "images"):
+    if how in ("missing", "images", "invented", "cut", "torn"):
         change(run)
     else:
         rewritten(run / ("records.jsonl" if how in ("labels", "draws", "distance") else "run.json"), change)

@@ -118,7 +118,7 @@ def _price(cell: Any) -> Any:
 
     try:
         return price(cell)
-    except (NotApplicableError, UsageError, RunError, RuntimeError):
+    except Exception:  # whatever a component of the user's raises
         return None
 
 
