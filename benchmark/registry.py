@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import functools
 import hashlib
@@ -25,6 +26,8 @@ from typing import Any
 from benchmark.errors import UsageError
 
 BASES = {"purifiers": "Purifier", "attacks": "Attack", "classifiers": "Classifier"}
+OWN = (*BASES, "benchmark")
+"""The packages of the benchmark, whose version says what they are."""
 Value = int | float | Fraction | bool | str | list
 
 
@@ -195,13 +198,30 @@ def raised(error: BaseException) -> str:
 
 
 def source(spec: Spec) -> dict[str, str]:
-    """The sha256 of a ``file:`` component's file: another text is another component. Empty for the rest."""
+    """The sha256 of a ``file:`` component's file and of those beside it that it imports: another text is another
+    component. Empty for the rest."""
     if spec.name != "file":
         return {}
     path = Path((spec.argument or "").partition(":")[0])
     if not path.is_file():
         raise UsageError(f"{spec}: {path} is no file; write file:PATH.py:Class")
-    return {"source": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {"source": hashlib.sha256(b"".join(file.read_bytes() for file in _with_imports(path))).hexdigest()}
+
+
+def _with_imports(path: Path) -> list[Path]:
+    """A file and those beside it that it imports, or that these do; not what is installed, nor the benchmark's own."""
+    found = [path]
+    for file in found:  # grows
+        try:
+            nodes = list(ast.walk(ast.parse(file.read_bytes())))
+        except SyntaxError:
+            continue  # loading it says so
+        imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+        for name in sorted(n for n in imported if n.partition(".")[0] not in OWN):
+            beside = path.parent.joinpath(*name.split("."))
+            found += [p for p in (beside.with_suffix(".py"), beside / "__init__.py") if p.is_file() and p not in found]
+    return found
 
 
 def options(component: Callable) -> dict[str, inspect.Parameter]:

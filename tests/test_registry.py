@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from attacks import Attack
 from benchmark import registry
 from benchmark.errors import UsageError
-from benchmark.registry import Spec, expand, load, names, options, parse, read, resolve, show, split
+from benchmark.registry import Spec, expand, load, names, options, parse, read, resolve, show, source, split
 from purifiers import Purifier
 
 NAMED = [(kind, name) for kind in registry.BASES for name in names(kind)]
@@ -244,6 +244,21 @@ def test_a_class_that_a_file_does_not_define(newcomer, tmp_path):
     assert "did you mean Shrink" in str(error.value) and "purifiers.Purifier" in str(error.value)
     with pytest.raises(UsageError, match=r"attacks\.Attack"):
         load("attacks", "file", f"{path}:Shrink")
+
+
+def test_what_a_file_imports_from_beside_it_is_part_of_its_source(tmp_path):
+    mine, helper, deeper, other = (tmp_path / f"{name}.py" for name in ("mine", "helper", "deeper", "other"))
+    mine.write_text("import torch\nfrom helper import double\nfrom purifiers import Purifier\n")
+    helper.write_text("import deeper\n")
+    deeper.write_text("x = 1\n")
+    other.write_text("x = 1\n")
+    (tmp_path / "purifiers").mkdir()
+    (tmp_path / "purifiers" / "__init__.py").write_text("")
+    spec = Spec("file", f"{mine}:Mine", {})
+    before = source(spec)
+    for path, counts in ((other, False), (tmp_path / "purifiers" / "__init__.py", False), (deeper, True)):
+        path.write_text("x = 2\n")
+        assert (source(spec) != before) == counts, path
 
 
 def test_an_option_without_a_default_has_to_be_given():
