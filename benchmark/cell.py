@@ -6,6 +6,7 @@ import copy
 import hashlib
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
@@ -319,25 +320,22 @@ class Cell:
         if (caveat := self.attack.caveat(self.drawing)) and not s.quiet:
             print(f"note: {caveat}", file=sys.stderr)
         self.prepare()
-        with self.folder.at_work():
-            return self._work(began)
-
-    def _work(self, began: float) -> Path:
-        """Run to the end, with fewer rows where memory runs out."""
-        while True:
-            try:
-                self.folder.open(
-                    self.n, self.data.shape, rows=self.rows, mixed_environment=self.settings.mixed_environment
-                )
-                self._preflight()
-                Engine(self).run(began)
-                return self.folder.finish()
-            except NotApplicable as error:
-                self.folder.discard()
-                raise NotApplicableError(f"{self}: not applicable: {error}") from error
-            except torch.cuda.OutOfMemoryError:
-                pass  # the error holds on to the failed call's tensors: it must be gone before they are given back
-            self.halve()
+        with ExitStack() as work:
+            while True:
+                try:
+                    rows = self.rows  # before the folder is made: what doesn't fit leaves none
+                    work.close()
+                    work.enter_context(self.folder.at_work())
+                    self.folder.open(self.n, self.data.shape, rows=rows, mixed_environment=s.mixed_environment)
+                    self._preflight()
+                    Engine(self).run(began)
+                    return self.folder.finish()
+                except NotApplicable as error:
+                    self.folder.discard()
+                    raise NotApplicableError(f"{self}: not applicable: {error}") from error
+                except torch.cuda.OutOfMemoryError:
+                    pass  # the error holds on to the failed call's tensors: it must be gone before they are given back
+                self.halve()
 
     def left(self) -> list[int]:
         """The positions of the images that this process has yet to do."""

@@ -198,8 +198,8 @@ class Defense(nn.Module):
         classifier: f; any module images in [0, 1] → logits.
         copies: purified copies per image whose outputs are combined; part of the defense, not of the verdict.
         combine: what is averaged over the copies: "logits", "probabilities" (their log is returned), or "vote"
-            (log of the share of votes, where a tie goes by the mean probability; has no gradient). Of a copy whose
-            logits aren't finite nothing is left of the row.
+            (log of the share of votes plus 1/(2 copies) of the mean probability, less than a vote: a tie goes by it,
+            and it alone has a gradient). Of a copy whose logits aren't finite nothing is left of the row.
 
     Raises:
         ValueError: if ``copies`` is below 1 or ``combine`` is none of the three.
@@ -243,7 +243,7 @@ class Defense(nn.Module):
         if self.combine == "probabilities":
             return logits.log_softmax(-1).logsumexp(1) - torch.tensor(float(self.copies), dtype=x.dtype).log()
         votes = nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(x.dtype).mean(1)
-        votes = votes + logits.detach().softmax(-1).mean(1) / (2 * self.copies)  # less than a vote: a tie goes by it
+        votes = votes + logits.softmax(-1).mean(1) / (2 * self.copies)  # less than a vote: a tie goes by it
         return votes.clamp_min(torch.finfo(x.dtype).tiny).log()
 
     def bind(self, noise: Noise) -> Bound:
