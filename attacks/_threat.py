@@ -38,6 +38,10 @@ class ThreatModel(ABC):
         bound = float(self.eps)
         return bound if Fraction(bound) <= self.eps else math.nextafter(bound, 0)
 
+    def widest(self, shape: tuple[int, ...]) -> float:
+        """No two codes of images of a shape (C, H, W) are further apart; within a larger radius all is allowed."""
+        return 1.0
+
     def origin(self, x: Tensor) -> Tensor:
         """The code of x itself."""
         return x.clone()
@@ -120,6 +124,9 @@ class L2(ThreatModel):
     """‖x_adv - x‖_2 <= eps over all elements of an image, in [0, 1] pixel units."""
 
     norm, unit = "L2", "pixel range"
+
+    def widest(self, shape: tuple[int, ...]) -> float:
+        return math.sqrt(math.prod(shape))
 
     def distance(self, x_adv: Tensor, x: Tensor) -> Tensor:
         return (x_adv.double() - x.double()).flatten(1).norm(dim=1)

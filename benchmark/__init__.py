@@ -57,8 +57,10 @@ def evaluate(
     """Attack ``defense`` and return its rows and records; what is on disk already is not computed again.
 
     Args:
-        defense: from ``load``, or ``purifiers.Defense(purifier, classifier)`` of any modules.
-        data: a data set's name, or (images in [0, 1] of shape (N, C, H, W), labels of shape (N,)).
+        defense: from ``load``, or ``purifiers.Defense(purifier, classifier)`` of any modules. It works on the device of
+            the settings, a GPU where there is one, and is back where it was afterwards.
+        data: a data set's name, or (images, labels), tensors or arrays: images in [0, 1], or uint8 in levels of 255, of
+            shape (N, C, H, W); labels of shape (N,).
         attack: a spec, e.g. "pgd:steps=50".
         **settings: the fields of ``benchmark.cell.Settings``: norm, eps, n, budget, view, seed, out, and so on.
 
@@ -67,6 +69,8 @@ def evaluate(
         RunError: if the defense fails a check, the attack leaves its threat model, or the disk fails.
         Incomplete: if ``stop_after`` seconds passed.
     """
-    from benchmark.cell import Cell, Settings  # heavy: torch
+    from benchmark import defenses  # heavy: torch
+    from benchmark.cell import Cell, Settings
 
-    return Cell(defense, data, attack, Settings(**settings)).result()
+    with defenses.lent(defense):
+        return Cell(defense, data, attack, Settings(**settings)).result()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from attacks import NORMS, PRECISIONS, Attack, NotApplicable, ThreatModel
 from attacks._recompute import ROWS, Footprint, footprint
 from benchmark import checkpoints, config, data, defenses, memory, registry, report
+from benchmark.device import device_named
 from benchmark.engine import BLOCK, Engine, Incomplete
 from benchmark.errors import NotApplicableError, RunError, UsageError
 from benchmark.plan import Plan, plan
@@ -70,7 +71,8 @@ class Settings:
     """Lay out weights with channels last; what they are given follows."""
     shard: str | None = None
     """"I/N": only every N-th group of images, from the I-th on; processes with the same ``out`` share the work."""
-    device: str = "cpu"
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:N", or "auto": a GPU where there is one."""
     out: str | Path = "results/run"
     data_dir: str | None = None
     weights: str | None = None
@@ -83,6 +85,9 @@ class Settings:
     mixed_environment: bool = False
     stop_after: float | None = None
     quiet: bool = False
+
+    def __post_init__(self) -> None:
+        self.device = device_named(self.device)
 
     @property
     def images(self) -> int:
@@ -97,7 +102,7 @@ class Settings:
         if isinstance(source, str):
             source = data.load(source, max(self.images, KNOWN), data_dir=self.data_dir, offline=self.offline)
         elif not isinstance(source, data.Dataset):
-            source = _from_tensors(*source)
+            source = _from_arrays(source)
         source.first(self.images)
         return source
 
@@ -147,6 +152,11 @@ class Cell:
             self.threat: ThreatModel = NORMS[norm](eps)
         except ValueError as error:
             raise UsageError(f"{attack}: {error}") from error
+        if eps > (widest := self.threat.widest(self.data.shape)):
+            raise UsageError(
+                f"--eps {eps}: no two images of shape {self.data.shape} are further apart than {widest:.4g} in {norm}; "
+                f"radii are in [0, 1] pixel units: for {eps} in 255 levels write {eps}/255"
+            )
         # an attack that transfers names its attacker itself
         named = registry.resolve(component, spec).get("source")
         other = named or s.attacker
@@ -243,10 +253,19 @@ class Cell:
     def result(self) -> Result:
         """Run, and read what is on disk."""
         folder = self.run()
+        found = self.recorded(folder)
+        return Result(report.rows([found]), found["records"], folder) if found else Result([], [], folder)
+
+    def recorded(self, folder: Path) -> dict[str, Any] | None:
+        """What a folder holds of the images that were asked for, as ``read_run``; None of a shard without any."""
         if not (folder / "run.json").exists():
-            return Result([], [], folder)  # a shard without images
-        finished = read_run(folder)
-        return Result(report.rows([finished]), finished["records"], finished["folder"])
+            return None
+        found, asked = read_run(folder), set(self.data.ids[: self.n].tolist())
+        kept = [record for record in found["records"] if record["id"] in asked]
+        share = len(kept) / max(len(found["records"]), 1)
+        return found | {
+            "n": self.n, "records": kept, "complete": len(kept) == self.n, "seconds": share * found["seconds"]
+        }  # fmt: skip
 
     @property
     def mixes(self) -> bool:
@@ -429,11 +448,28 @@ class Cell:
             )
 
 
-def _from_tensors(images: Tensor, labels: Tensor) -> data.Dataset:
-    """The caller's own images and labels."""
-    if images.ndim != 4 or len(images) != len(labels) or images.min() < 0 or images.max() > 1:
-        raise UsageError("data tensors are (images in [0, 1] of shape (N, C, H, W), labels of shape (N,))")
-    digest = hashlib.sha256(images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()
+def _from_arrays(source: Any) -> data.Dataset:
+    """The caller's own images and labels, tensors or arrays; uint8 images are levels of 255."""
+    try:
+        images, labels = (torch.as_tensor(part).detach().cpu() for part in source)
+    except Exception as error:  # whatever torch, or a foreign type, raises
+        raise UsageError(f"data is a data set's name or (images, labels), not {type(source).__name__}") from error
+    if images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):
+        raise UsageError(
+            f"images have the shape (N, C, H, W) and labels (N,), N at least 1; got {tuple(images.shape)} and "
+            f"{tuple(labels.shape)}"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool or labels.min() < 0:
+        raise UsageError(f"labels are class numbers from 0 on, got {labels.dtype} from {labels.min()}")
+    if images.dtype != torch.uint8:
+        if not images.is_floating_point():
+            raise UsageError(f"images are floats in [0, 1], or uint8 in levels of 255; got {images.dtype}")
+        images = images.float()
+        if not (images.isfinite().all() and images.min() >= 0 and images.max() <= 1):
+            raise UsageError(
+                f"images are in [0, 1], got {images.min():.3g} to {images.max():.3g}; divide levels by 255"
+            )
+    digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
     form = data.Form("tensors", tuple(images.shape[1:]), int(labels.max()) + 1)  # type: ignore[arg-type]
     return data.Dataset("tensors", images, labels.long(), torch.arange(len(labels)), digest, form)
 

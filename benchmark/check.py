@@ -30,7 +30,7 @@ ROWS = 8
 FEW = slice(0, 4)
 
 
-def component(kind: str, spec: str, need: Need, images: Dataset) -> list[Check]:
+def component(kind: str, spec: str, need: Need, images: Dataset, judge: str | None = None) -> list[Check]:
     """The checks of a component; its own exceptions are what they are, a failed check.
 
     Args:
@@ -38,13 +38,16 @@ def component(kind: str, spec: str, need: Need, images: Dataset) -> list[Check]:
         spec: which.
         need: the data set's form, and where weights are.
         images: a few images of it, 64 if there are, on the device where the component is checked.
+        judge: the classifier behind a purifier; by default the data set's first with weights, or a linear one.
 
     Raises:
         UsageError: if the component can't be built.
     """
     make_repeatable(images.device)
     try:
-        return {"purifier": purifier, "classifier": classifier, "attack": attack}[kind](spec, need, images)
+        if kind == "purifier":
+            return purifier(spec, need, images, judge)
+        return {"classifier": classifier, "attack": attack}[kind](spec, need, images)
     except (UsageError, RunError):
         raise
     except Exception as error:  # whatever a newcomer's code raises
@@ -53,11 +56,12 @@ def component(kind: str, spec: str, need: Need, images: Dataset) -> list[Check]:
         ]
 
 
-def purifier(spec: str, need: Need, images: Dataset) -> list[Check]:
-    """A purifier before the data set's first classifier with weights, or, where there is none, a linear one."""
+def purifier(spec: str, need: Need, images: Dataset, judge: str | None = None) -> list[Check]:
+    """A purifier before ``judge``, by default the data set's first classifier with weights, or a linear one."""
     g = checkpoints.build("purifiers", spec, need).module
     known = checkpoints.cards(need.form.family, need.roots)
-    named = next((n for n, card in known.items() if checkpoints.read_card(card)["kind"] == "classifiers"), None)
+    first = (n for n, card in known.items() if checkpoints.read_card(card)["kind"] == "classifiers")
+    named = judge or next(first, None)
     f = checkpoints.build("classifiers", named, need).module if named else Linear(need.form.shape, need.form.classes)
     defense = defenses.tamed(Defense(g, f).to(images.device), images.images(slice(0, 8)))
     view = View("auto").fitting(defense.purifier)

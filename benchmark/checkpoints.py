@@ -7,19 +7,13 @@ its sha256. A part with a ``config.json`` of diffusers is built from that, so a 
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.util
-import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import partial
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType, NoneType
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -27,6 +21,7 @@ from benchmark import registry, zoo
 from benchmark.data import Form
 from benchmark.errors import UsageError
 from benchmark.fetch import Remote, network, obtain, sha256
+from benchmark.fingerprint import fingerprint
 from benchmark.recipes import COMPACT, recipes
 from benchmark.registry import Spec
 
@@ -239,85 +234,6 @@ def in_zoo(spec: Spec, need: Need) -> tuple[zoo.Model, dict[str, Any]]:
         raise UsageError(f"write {spec.name}:NAME; python -m benchmark list classifiers --dataset {need.form.family}")
     options = registry.resolve(function, spec, {"threat": need.norm} if spec.name == "robustbench" else {})
     return function(spec.argument, need.form, list(need.roots), **options), options
-
-
-def fingerprint(module: nn.Module) -> str:
-    """The sha256 of what can move a module's output: its code, its tensors, and all that it and its parts hold.
-
-    Functions count by their code and what they close over. Not seen is what code reaches by a global name.
-    """
-    digest = hashlib.sha256()
-    for name, child in module.named_modules():
-        digest.update(f"{name} {type(child).__qualname__} {_source(type(child))}".encode())
-        digest.update(_told({k: v for k, v in vars(child).items() if k not in BOOKKEEPING}, set()).encode())
-    return digest.hexdigest()
-
-
-BOOKKEEPING = {"training", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook", "_compiled_call_impl"}
-"""What torch keeps of a module that says nothing of its outputs, or is told elsewhere."""
-
-
-def stamp(module: nn.Module) -> tuple:
-    """What changes, in this process, when a module's parts, attributes or parameters are changed; cheap to ask."""
-    parts = dict(module.named_modules())
-    plain = [sorted((k, str(v)) for k, v in vars(part).items() if _is_plain(v)) for part in parts.values()]
-    # moving a module to a device gives it new buffers; parameters stay the same tensors
-    return [(name, id(part)) for name, part in parts.items()], plain, [p._version for p in module.parameters()]
-
-
-def _source(cls: type) -> str:
-    """The text of a class, where it has one: another text is another component."""
-    if cls.__module__.partition(".")[0] == "torch":
-        return ""
-    try:
-        return inspect.getsource(cls)
-    except (OSError, TypeError):
-        return ""
-
-
-def _told(value: Any, seen: set[int]) -> str:
-    """A value in words that are the same in every process, as deep as it goes; ``seen`` are the ids around it."""
-    if isinstance(value, torch.Tensor):
-        raw = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(raw).hexdigest()}"
-    if isinstance(value, np.ndarray | np.generic):
-        return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
-    if _is_plain(value) or isinstance(value, type | NoneType | bytes | torch.dtype | torch.device | Path):
-        return str(value)
-    if id(value) in seen:
-        return "around"
-    seen = seen | {id(value)}
-    if isinstance(value, dict):
-        return f"{{{', '.join(sorted(f'{_told(k, seen)}: {_told(v, seen)}' for k, v in value.items()))}}}"
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(_told(v, seen) for v in value)}]"
-    if isinstance(value, set | frozenset):
-        return f"{{{', '.join(sorted(_told(v, seen) for v in value))}}}"
-    if isinstance(value, partial):
-        return f"partial {_told([value.func, value.args, value.keywords], seen)}"
-    if isinstance(value, MethodType):
-        return f"{value.__func__.__qualname__} of {_told(value.__self__, seen)}"
-    if isinstance(value, FunctionType):
-        closed = [cell.cell_contents for cell in value.__closure__ or ()]
-        held = [_code(value.__code__), closed, value.__defaults__, value.__kwdefaults__]
-        return f"{value.__qualname__} {_told(held, seen)}"
-    name = f"{type(value).__module__}.{type(value).__qualname__}"
-    if isinstance(value, nn.Module):
-        return f"{name} {fingerprint(value)}"
-    return f"{name} {_told(getattr(value, '__dict__', None), seen)}"
-
-
-def _code(code: CodeType) -> str:
-    """What a function's code does, without where it stands."""
-    constants = [_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-    return f"{code.co_code.hex()} {constants} {code.co_names}"
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value means the same in every process: a number, a string, or a list of them."""
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return isinstance(value, bool | int | float | str | Fraction)
 
 
 def halve(net: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from benchmark import checkpoints, data, registry
 from benchmark.data import Form
 from benchmark.errors import UsageError
 from benchmark.fetch import network
+from benchmark.fingerprint import fingerprint, stamp
 from benchmark.foreign import Foreign
 from purifiers import Defense, Purifier
 
@@ -66,12 +68,33 @@ def describe(defense: Defense) -> dict[str, Any]:
         return defense.described  # type: ignore[return-value]
     parts = {"purifier": defense.purifier, "classifier": defense.classifier}
     names = {part: type(module).__name__ for part, module in parts.items()}
-    weights = {part: checkpoints.fingerprint(module) for part, module in parts.items()}
+    weights = {part: fingerprint(module) for part, module in parts.items()}
     return {**names, "weights": weights, "names": names}
 
 
 def _stamps(defense: Defense) -> list[tuple]:
-    return [checkpoints.stamp(module) for module in (defense.purifier, defense.classifier)]
+    return [stamp(module) for module in (defense.purifier, defense.classifier)]
+
+
+@contextmanager
+def lent(defense: Defense) -> Iterator[None]:
+    """Give the caller's defense back on the device that it came from.
+
+    Raises:
+        UsageError: if it isn't a ``Defense``.
+    """
+    if not isinstance(defense, Defense):
+        raise UsageError(
+            f"{type(defense).__name__} is no purifiers.Defense: wrap a purifier and a classifier, any two modules, in "
+            "Defense(purifier, classifier); for a classifier alone, load('identity').purifier purifies nothing"
+        )
+    tensors = itertools.chain(defense.parameters(), defense.buffers())
+    home = next((tensor.device for tensor in tensors), None)
+    try:
+        yield
+    finally:
+        if home is not None:
+            defense.to(home)
 
 
 def tamed(defense: Defense, x: Tensor) -> Defense:

@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmark import registry, stats
 from benchmark.errors import UsageError
+from benchmark.results import reading
 
 CELL = (
     *("dataset", "fingerprint", "purifier", "classifier", "weights", "copies", "combine", "norm", "eps"),
@@ -50,7 +51,7 @@ def scores(run: dict[str, Any], records: list[dict[str, Any]], key: str, rule: s
     path = Path(str(run["folder"])) / "logits.npz"
     if run["names"]["attack"] == WORST or not path.is_file():
         return None
-    with np.load(path) as stored:
+    with reading(path), np.load(path) as stored:
         place = {int(i): k for k, i in enumerate(stored["id"])}
         mean = stored[key][[place[r["id"]] for r in records]].mean(1)
     return ((mean.argmax(1) == label) & np.isfinite(mean).all(1)).astype(float)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmark import evidence, registry, stats
+from benchmark.results import reading
 
 MEANING = {
     "A": "nothing recorded is significantly stronger, and the likeliest contradictions were all tried",
@@ -171,11 +172,12 @@ def _audited(path: Path) -> list[Check]:
     if not path.is_file():
         return []
     known = {"pass": "pass", "fail": "fail", "n/a": "pass"}
-    return [
-        Check(c["id"], known.get(c["status"], "warn"), str(c["value"]), c["advice"])
-        for part in json.loads(path.read_text())["gradients"]
-        for c in part["checks"]
-    ]
+    with reading(path):
+        return [
+            Check(c["id"], known.get(c["status"], "warn"), str(c["value"]), c["advice"])
+            for part in json.loads(path.read_text())["gradients"]
+            for c in part["checks"]
+        ]
 
 
 def _searches(run: dict[str, Any]) -> bool:

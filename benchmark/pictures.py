@@ -73,7 +73,7 @@ def parquet(
         if column_of_labels.null_count:
             raise UsageError(f"{file}: {column_of_labels.null_count:,} rows have no {label!r}")
         if family not in FORMS:
-            classes = max(classes, pc.max(column_of_labels).as_py() + 1)
+            classes = max(classes, (pc.max(column_of_labels).as_py() or 0) + 1)
         for batch in table.iter_batches(256, columns=[c for c in (column, label, only) if c]):
             for entry in batch.to_pylist():
                 if len(ids) < request.whole_blocks and (not only or entry[only]) and kept(row):

@@ -65,7 +65,10 @@ def published(path: Path) -> str:
     if not path.is_file():
         columns = ", ".join(PUBLISHED)
         raise UsageError(f"{path}: no such file; --with-published takes a CSV file with the columns {columns}")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except ValueError as error:  # pandas' own, and of bytes that are no text
+        raise UsageError(f"{path} isn't a CSV file: {error}") from error
     if missing := [c for c in (*PUBLISHED, "checked") if c not in table]:
         raise UsageError(f"{path} lacks the columns {', '.join(missing)}")
     shown = table[table["checked"].str.strip() == CHECKED]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmark import checkpoints, data
 from benchmark.errors import UsageError
+from benchmark.results import reading
 from purifiers import Purifier, Tape
 from purifiers._base import call
 
@@ -41,8 +42,22 @@ class Replay(NamedTuple):
     unmoved: Tensor
 
 
-def replay(run: dict[str, Any], count: int, *, weights: Sequence[Path] = (), data_dir: str | None = None) -> Replay:
+def replay(
+    run: dict[str, Any],
+    count: int,
+    *,
+    weights: Sequence[Path] = (),
+    data_dir: str | None = None,
+    dataset: str | None = None,
+) -> Replay:
     """The first ``count`` images of a run.
+
+    Args:
+        run: as ``results.read_run`` gives it.
+        count: how many.
+        weights: folders with further cards.
+        data_dir: where data sets lie.
+        dataset: where the data set is, if it came from files.
 
     Raises:
         UsageError: if the run has no adversarial images at hand, fewer than ``count``, or other weights or images.
@@ -56,11 +71,15 @@ def replay(run: dict[str, Any], count: int, *, weights: Sequence[Path] = (), dat
         raise UsageError(f"{path}: no such file; adversarial images stay with the run: repeat it with another --out")
     if len(records) < count:
         raise UsageError(f"{folder} has {len(records)} images, {count} were asked for")
-    images = data.load(identity["dataset"], len(run["records"]), data_dir=data_dir)
+    try:
+        images = data.load(dataset or identity["dataset"], len(run["records"]), data_dir=data_dir)
+    except UsageError as error:
+        raise UsageError(f"{error}; say where the images of {folder} are: --dataset, --data-dir") from error
     if images.fingerprint != identity["fingerprint"]:
-        raise UsageError(f"{folder} attacked other images than {identity['dataset']} holds here")
+        raise UsageError(f"{folder} attacked other images of {identity['dataset']} than {images.name} holds here")
     rows = [int((images.ids == r["id"]).nonzero()[0]) for r in records]
-    stored = np.load(path, mmap_mode="r")
+    with reading(path):
+        stored = np.load(path, mmap_mode="r")
     component = checkpoints.build(
         "purifiers", identity["purifier"], checkpoints.Need(images.form, roots=tuple(weights))
     )

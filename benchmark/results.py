@@ -14,6 +14,7 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -78,8 +79,7 @@ class Run:
         part = f".{shard.replace('/', '-of-')}" if shard else ""
         self.shared = shard is not None
         self.journal, self.state = f"journal{part}.jsonl", f"state{part}.pt"
-        folder = f"{slug(names['attack'])}-{identity.hash8}"
-        self.folder = out / slug(identity.dataset) / slug(names["purifier"]) / folder
+        self.folder = _home(out / slug(identity.dataset), identity, names)
         self.lock = f".work{part}.lock"
         self.settings = settings | {"identity": asdict(identity), "names": names, "mixed_environment": False}
 
@@ -219,7 +219,7 @@ class Run:
         target = self.folder / "logits.npz"
         pieces: list[dict[str, np.ndarray]] = []
         for path in [*([target] if target.exists() else []), *blocks]:
-            with np.load(path) as piece:
+            with reading(path), np.load(path) as piece:
                 pieces.append(dict(piece))
         joined = {k: np.concatenate([p[k] for p in pieces]) for k in pieces[0]}
         _, order = np.unique(joined["id"], return_index=True)
@@ -264,7 +264,8 @@ class Run:
 
     def _room(self, n: int, shape: tuple[int, int, int]) -> None:
         path, new = self.folder / "adversarial.npy", self.folder / "adversarial.new"
-        old = np.load(path, mmap_mode="r") if path.exists() else np.empty((0, *shape), np.float32)
+        with reading(path):
+            old = np.load(path, mmap_mode="r") if path.exists() else np.empty((0, *shape), np.float32)
         if len(old) >= n:
             return
         larger = np.lib.format.open_memmap(new, "w+", np.float32, (n, *shape))
@@ -274,6 +275,24 @@ class Run:
         larger[: len(old)] = old
         larger.flush()
         new.replace(path)
+
+
+def _home(root: Path, identity: Identity, names: dict[str, str]) -> Path:
+    """The folder of an identity: named as it is spelled now, unless another spelling of the same run has one."""
+    spelled = root / slug(names["purifier"]) / f"{slug(names['attack'])}-{identity.hash8}"
+    others = sorted(path.parent for path in root.glob(f"*/*-{identity.hash8}/run.json"))
+    same = (folder for folder in others if _json(folder / "run.json").get("identity") == asdict(identity))
+    return spelled if spelled.exists() else next(same, spelled)
+
+
+def distinct(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each run once: of copies in several folders the one with the most images, or the first."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        key = json.dumps(run["identity"], sort_keys=True)
+        if key not in found or len(run["records"]) > len(found[key]["records"]):
+            found[key] = run
+    return list(found.values())
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -321,11 +340,24 @@ def _json(path: Path, text: str | None = None, line: int = 0) -> Any:
     Raises:
         UsageError: if it is damaged.
     """
-    try:
+    with reading(path, line):
         return json.loads(path.read_text() if text is None else text)
-    except ValueError as error:
+
+
+@contextmanager
+def reading(path: Path, line: int = 0) -> Iterator[None]:
+    """Turn what is torn or changed in a run's file into an error that says where.
+
+    Raises:
+        UsageError: if it is damaged.
+    """
+    try:
+        yield
+    except (ValueError, KeyError, EOFError, BadZipFile) as error:  # what json and numpy raise
         where = f"line {line} of {path}" if line else str(path)
-        raise UsageError(f"{where} is damaged ({error}): restore it, or delete {path.parent} and run again") from error
+        raise UsageError(
+            f"{where} is damaged ({error or 'it ends too early'}): restore it, or delete {path.parent} and run again"
+        ) from error
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:

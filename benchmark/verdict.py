@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attacks import Calls, Found
 from attacks._calls import Request
-from purifiers import Defense, Purifier, Tape
+from purifiers import Defense, Noise, Purifier, Tape
 
 if TYPE_CHECKING:
     from benchmark.cell import Cell
@@ -133,10 +133,9 @@ class Judge:
         purifier = self.cell.defense.purifier
         if not isinstance(purifier, Purifier) or type(purifier).codes is Purifier.codes:
             return None  # no codebook
-        noise = Tape(self.cell.settings.seed, "verdict", ids).fold("round", 0)
-        with torch.no_grad():
-            before, after = (purifier.codes(purifier.start(z, noise)[0]) for z in (x, x_adv))
-        return None if before is None or after is None else before.ne(after).flatten(1).double().mean(1)
+        tape, encoder = Tape(self.cell.settings.seed, "verdict", ids).to(x.device), _Encoder(purifier)
+        before, after = (self.calls.ask(Request(encoder, None, z, tape, 1)).logits for z in (x, x_adv))
+        return before.ne(after).double().mean(1) if before.shape[1] else None
 
     def _package_null(self, x: Tensor, y: Tensor, ids: Tensor) -> Tensor | None:
         """The package's own verdict, were x never moved: its rule, single draws all right, played on ``null`` draws."""
@@ -144,6 +143,18 @@ class Judge:
         if not (self.cell.stochastic and looks):
             return None
         return (self._kept(x, ids, "null", looks) == y[:, None]).all(1)
+
+
+class _Encoder(nn.Module):
+    """x → the discrete codes of its first round, (B, codes); none where an instance has no codebook."""
+
+    def __init__(self, purifier: Purifier):
+        super().__init__()
+        self.purifier = purifier
+
+    def forward(self, x: Tensor, noise: Noise) -> Tensor:
+        codes = self.purifier.codes(self.purifier.start(x, noise.fold("round", 0))[0])
+        return x.new_empty(len(x), 0) if codes is None else codes.flatten(1).to(x.dtype)
 
 
 def classes(logits: Tensor) -> Tensor:

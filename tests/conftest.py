@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import os
 import threading
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bytes are the CPU's; where another device matters one is pretended
 torch.set_num_threads(1)
 settings.register_profile("steady", deadline=None, derandomize=True)  # a busy machine fails nothing, a rerun repeats
 settings.load_profile("steady")

@@ -50,6 +50,13 @@ def test_the_shipped_purifiers_pass(name, capsys):
     assert "FAIL" not in out and "null-floor" in out and "planned-cost" in out and "finite-differences" in out
 
 
+def test_the_classifier_that_is_named_judges(capsys):
+    for named, judge in (([], "resnet"), (["--classifier", "resnet-at"], "resnet-at")):
+        assert cli.main(["check", "--purifier", "identity", *named, "--json"]) == cli.DONE
+        (floor,) = [c for c in json.loads(capsys.readouterr().out)["identity"] if c["id"] == "null-floor"]
+        assert floor["value"].endswith(f"(n=16, {judge})")
+
+
 def test_a_newcomer_passes_and_sees_floor_and_cost(file, capsys):
     spec = file(GOOD)
     assert cli.main(["check", "--purifier", spec, "--json"]) == cli.DONE

@@ -154,7 +154,11 @@ def test_bad_grammar_is_bad_usage(capsys, arguments):
         (["--batch-size", "0"], "multiples of 32"),
         (["--copies", "0"], "copies must be at least 1, got 0"),
         (["--combine", "mean"], "logits, probabilities, vote"),
-        (["--device", "abacus"], "--device abacus"),
+        (["--device", "abacus"], "--device abacus: the benchmark runs on cpu, cuda or cuda:N"),
+        (["--device", "mps"], "--device mps: the benchmark runs on cpu, cuda or cuda:N"),
+        (["--device", "meta"], "--device meta: the benchmark runs on cpu, cuda or cuda:N"),
+        (["--device", "cuda"], "torch sees no CUDA device here; use --device cpu"),
+        (["--norm", "L2", "--eps", "128"], "further apart than 28 in L2; radii are in [0, 1] pixel units: for 128 in"),
         (["--dataset", "fashion-mnist:split=dev"], "split=test, split=validation or split=train"),
         (["--purifier", "diffpure:t_star=2"], "t_star must lie in (0, 1], or be 0 for no diffusion, got 2.0"),
         (["--purifier", "diffpure:t_star=often"], "diffpure: t_star takes float or list, got 'often'"),
@@ -278,6 +282,41 @@ def test_the_same_command_again_computes_nothing(run, tmp_path, capsys):
     assert files(tmp_path / "out") == before
 
 
+def test_another_spelling_is_the_same_run(run, tmp_path, capsys):
+    assert run() == cli.DONE
+    table, before = capsys.readouterr().out, files(tmp_path / "out")
+    others = ("diffpure:rounds=1", "pgd:eot=2,steps=2"), ("diffpure", "pgd:steps=2,eot=2,restarts=1")
+    for purifier, attack in others:
+        assert run("--purifier", purifier, "--attack", attack) == cli.DONE
+        assert capsys.readouterr().out == table
+    assert files(tmp_path / "out") == before
+    twice = ["--purifier", "vae,vae:rounds=1", "--attack", "pgd:steps=2,eot=2,pgd:eot=2,steps=2"]
+    assert run(*twice) == cli.DONE
+    assert len(find_runs([tmp_path / "out"])) == 2
+    assert "worst-case" not in capsys.readouterr().out
+
+
+def test_a_copy_of_a_run_is_no_other_attack(recorded, tmp_path, capsys):
+    shutil.copytree(recorded, tmp_path / "copy")
+    for command in (["report", "--format", "json", "--worst-case"], ["report"], ["report", "--compact"]):
+        assert cli.main([*command, str(recorded)]) == cli.DONE
+        alone = capsys.readouterr().out
+        assert cli.main([*command, str(recorded), str(tmp_path / "copy")]) == cli.DONE
+        both = capsys.readouterr()
+        assert both.out == alone and both.err.count("a copy of a run that is here already") == 2
+    assert cli.main(["verify", str(recorded), str(tmp_path / "copy"), "--images", "0", "--json"]) in (0, cli.FAILED)
+    assert len(json.loads(capsys.readouterr().out)) == 4, "each folder is doubted on its own"
+
+
+def test_who_asks_for_fewer_images_gets_those(run, tmp_path, capsys):
+    assert run() == cli.DONE
+    capsys.readouterr()
+    assert run("--n-examples", "2") == cli.DONE
+    told = capsys.readouterr()
+    assert "n 2;" in told.out and "all 2 images are recorded" in told.err
+    assert [len(one["records"]) for one in find_runs([tmp_path / "out"])] == [4]
+
+
 @pytest.mark.parametrize("field", ["seed", "eps", "weights", "protocol"])
 def test_a_cell_that_holds_another_configuration_is_refused(run, tmp_path, capsys, field):
     assert run() == cli.DONE
@@ -313,6 +352,20 @@ def test_out_that_is_a_file_is_an_error_and_stays_as_it_is(run, tmp_path, capsys
     message = capsys.readouterr().err
     assert str(tmp_path / "out") in message and "can't write" in message and "choose a writable --out" in message
     assert (tmp_path / "out").read_text() == "precious"
+
+
+@pytest.mark.parametrize("arguments", [
+    ["report", "--format", "html", "--out"], ["report", "--figures", "--out"], ["report", "--gallery"],
+    ["train", "vae", "--out"],
+], ids=lambda words: words[0] + words[1])  # fmt: skip
+def test_what_cannot_be_written_is_an_error_without_a_traceback(recorded, tmp_path, capsys, arguments):
+    (tmp_path / "file").write_text("precious")
+    target = str(tmp_path / "file" / "inside" / "gallery.png")
+    folder = [str(recorded / "fashion-mnist" / "identity")] if arguments[0] == "report" else []
+    assert cli.main([arguments[0], *folder, *arguments[1:], target]) in (cli.USAGE, cli.FAILED)
+    message = capsys.readouterr().err
+    assert str(tmp_path / "file") in message and "Traceback" not in message
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 # --- commands that read

@@ -16,6 +16,7 @@ from attacks._views import Exact
 from benchmark import audit, cli, evaluate, registry
 from benchmark import train as training
 from benchmark.cell import Cell, Incomplete, Settings
+from benchmark.errors import UsageError
 from benchmark.train import train
 from purifiers import Batch, Defense, Purifier, Tape
 from purifiers.vae import VAE
@@ -233,3 +234,18 @@ def test_a_run_its_verification_and_samples(tmp_path, gpu, capsys, precision):
     assert cli.main(["verify", root, *there]) == 0
     if precision == "float32":
         assert cli.main(["sample", "--purifier", "vae", "--count", "4", "--out", str(tmp_path / "s.png"), *there]) == 0
+
+
+def test_where_there_is_a_gpu_it_is_used_and_the_defense_comes_back(gpu, tmp_path, tiny_images):
+    defense = short()
+    result = evaluate(defense, tiny_images, "pgd:steps=2,eot=2", out=tmp_path, **SETTINGS)
+    environment = json.loads((result.folder / "run.json").read_text())["environment"]
+    assert environment["device"] == "cuda"
+    assert {p.device.type for p in defense.parameters()} == {"cpu"}, "the caller's own stays where it was"
+    assert defense(tiny_images[0][:1]).device.type == "cpu"
+
+
+def test_a_gpu_that_is_not_there_is_said(gpu):
+    assert Settings(device="cuda:0").device == "cuda:0"
+    with pytest.raises(UsageError, match="--device cuda:7: torch sees 1 CUDA devices here; use --device cuda"):
+        Settings(device="cuda:7")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import io
 import json
+import re
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from attacks import NORMS
 from benchmark import (
-    checkpoints,
     cli,
     config,
     data,
@@ -542,40 +541,6 @@ def test_a_defense_built_by_hand_with_other_options_is_another_run(tmp_path):
     assert quiet.folder != loud.folder, "the second evaluation must not be answered with the first one's records"
 
 
-class Scaled(nn.Module):
-    """What it does stands in an attribute of a kind that no state_dict knows."""
-
-    def __init__(self, held, scale):
-        super().__init__()
-        self.held, self.scale = held, scale
-
-    def forward(self, x):
-        return self.scale(self.held, x)
-
-
-def grown(held, x):
-    return x + 1
-
-
-HELD = {
-    "tensor": (torch.tensor(0.5), torch.tensor(0.9)), "array": (np.ones(2), np.zeros(2)), "dict": ({"k": 1}, {"k": 9}),
-    "nested": ([{"k": (1, None)}], [{"k": (2, None)}]), "object": (Fraction(1, 3), Fraction(1, 4)),
-    "closure": (lambda: 1, lambda: 2), "type": (np.float32, np.float64),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("first, second", HELD.values(), ids=HELD)
-def test_what_a_module_holds_decides_its_fingerprint(first, second):
-    def scale(held, x):
-        return x
-
-    one, same, other = (checkpoints.fingerprint(Scaled(held, scale)) for held in (first, copy.deepcopy(first), second))
-    assert one == same != other
-    assert checkpoints.fingerprint(Scaled(first, grown)) != one
-    inner = [nn.Sequential(Scaled(first, f), nn.ReLU()) for f in (scale, scale, grown)]
-    assert checkpoints.fingerprint(inner[0]) == checkpoints.fingerprint(inner[1]) != checkpoints.fingerprint(inner[2])
-
-
 def test_a_loaded_defense_that_was_changed_is_no_longer_the_one_that_was_loaded(tmp_path):
     def loaded() -> Defense:
         return load("vae", classifier="resnet", dataset="fashion-mnist")
@@ -614,6 +579,78 @@ class Says(nn.Module):
 def test_a_classifier_that_gives_no_logits_is_said(tmp_path, what, said):
     with pytest.raises(UsageError, match=said):
         evaluate(Defense(Identity(), Says(what)), gaussian(4), "pgd:steps=1", eps="1/64", n=4, out=tmp_path, quiet=True)
+
+
+BAD = {
+    "one tensor": (lambda x, y: x, "a data set's name or (images, labels), not Tensor"),
+    "a number": (lambda x, y: 3, "a data set's name or (images, labels), not int"),
+    "words": (lambda x, y: (x, ["a"] * len(y)), "a data set's name or (images, labels), not tuple"),
+    "fewer labels": (lambda x, y: (x, y[:-1]), "labels (N,), N at least 1; got (4, 1, 8, 8) and (3,)"),
+    "label columns": (lambda x, y: (x, y[:, None]), "got (4, 1, 8, 8) and (4, 1)"),
+    "one image": (lambda x, y: (x[0], y[:1]), "got (1, 8, 8) and (1,)"),
+    "none": (lambda x, y: (x[:0], y[:0]), "N at least 1; got (0, 1, 8, 8)"),
+    "float labels": (lambda x, y: (x, y / 2), "labels are class numbers from 0 on, got torch.float32"),
+    "negative labels": (lambda x, y: (x, y - 1), "labels are class numbers from 0 on, got torch.int64 from -1"),
+    "levels": (lambda x, y: (255 * x, y), "images are in [0, 1], got "),
+    "whole levels": (
+        lambda x, y: ((255 * x).long(), y),
+        "floats in [0, 1], or uint8 in levels of 255; got",
+    ),
+    "not a number": (lambda x, y: (x.clone().fill_(torch.nan), y), "images are in [0, 1], got nan to nan"),
+}
+
+
+@pytest.mark.parametrize("change, said", BAD.values(), ids=BAD)
+def test_images_and_labels_that_cannot_be_meant_are_said(tmp_path, change, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        evaluate(Defense(Identity(), TwoLogits()), change(*gaussian(4)), "pgd:steps=1", eps="1/64", n=4, out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_arrays_and_other_precisions_are_the_same_images(tmp_path):
+    x, y = gaussian(4)
+    x = (255 * x).round().clamp(0, 255)
+    same = {
+        "float32": (x / 255, y), "arrays": ((x / 255).numpy(), y.numpy()), "levels": (x.byte(), y.to(torch.int32)),
+        "float64": ((x.double() / 255).float().double(), y), "lists": ((x / 255).tolist(), y.tolist()),
+    }  # fmt: skip
+    settings = {"attack": "pgd:steps=2", "eps": "1/64", "n": 4, "quiet": True}
+    found = {
+        k: evaluate(Defense(Identity(), TwoLogits()), v, out=tmp_path / k, **settings).records for k, v in same.items()
+    }
+    assert all(records == found["float32"] for records in found.values())
+
+
+def test_a_model_that_is_no_defense_is_said(tmp_path):
+    for model in (nn.Sequential(Identity(), TwoLogits()), TwoLogits(), "diffpure"):
+        with pytest.raises(UsageError, match=r"wrap a purifier and a classifier, any two modules, in Defense"):
+            evaluate(model, gaussian(4), "pgd:steps=1", eps="1/64", n=4, out=tmp_path)
+
+
+def test_who_asks_for_fewer_images_gets_those(tmp_path):
+    settings = {"attack": "pgd:steps=1", "eps": "1/64", "out": tmp_path, "quiet": True}
+    whole = evaluate(Defense(Identity(), TwoLogits()), gaussian(8), n=8, **settings)
+    some = evaluate(Defense(Identity(), TwoLogits()), gaussian(8), n=3, **settings)
+    assert some.folder == whole.folder and some.records == whole.records[:3]
+    assert [row["n"] for row in (*some.rows, *whole.rows)] == [3, 8]
+
+
+@pytest.mark.parametrize("name", ["logits.npz", "audit.json", "adversarial.npy"])
+def test_a_torn_file_is_named_by_who_reads_it(tmp_path, capsys, name):
+    result = evaluate(
+        Defense(Identity(), TwoLogits()), gaussian(40), "pgd:steps=1", eps="1/64", n=40, out=tmp_path, quiet=True
+    )
+    path = result.folder / name
+    path.write_bytes(path.read_bytes()[:90] if path.exists() else b'{"gradients": [{}]}')
+    command = {"logits.npz": ["report", "--rule", "mean-logits"], "audit.json": ["audit", "--only", "grades"],
+               "adversarial.npy": ["report", "--gallery", str(tmp_path / "g.png")]}[name]  # fmt: skip
+    if name == "adversarial.npy":  # of images that a name finds again
+        result = evaluate(load("identity"), attack="pgd:steps=1", n=2, out=tmp_path / "named", quiet=True)
+        path = result.folder / name
+        path.write_bytes(path.read_bytes()[:90])
+    assert cli.main([command[0], str(result.folder), *command[1:]]) == cli.USAGE
+    said = capsys.readouterr().err
+    assert str(path) in said and "is damaged" in said
 
 
 def test_a_radius_computed_in_a_program_is_the_fraction_that_was_meant():

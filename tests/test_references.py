@@ -60,6 +60,9 @@ def test_only_checked_numbers_are_shown(tmp_path, capsys):
     path.write_text("defense,robust\n")
     with pytest.raises(UsageError, match="lacks the columns classifier, dataset"):
         published(path)
+    path.write_bytes(bytes(range(128, 256)))
+    with pytest.raises(UsageError, match="published.csv isn't a CSV file"):
+        published(path)
     with pytest.raises(UsageError, match="no such file"):
         published(tmp_path / "none.csv")
 

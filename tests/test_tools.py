@@ -229,6 +229,28 @@ def test_what_a_gallery_lacks_is_named(runs, tmp_path, capsys):
     assert not (tmp_path / "g.png").exists()
 
 
+def test_images_of_ones_own_are_found_where_they_are_said_to_be(tmp_path, capsys, monkeypatch):
+    few = data.load("fashion-mnist", 30)
+    for k, (pixels, label) in enumerate(zip(few.pixels, few.labels, strict=False)):
+        (kind := tmp_path / "mine" / f"kind{int(label)}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[0].numpy()).save(kind / f"{k}.png")
+    source, out = f"folder:{tmp_path / 'mine'},family=fashion-mnist", tmp_path / "out"
+    assert attacked(out, "blur:sigma=2", "--dataset", source) == cli.DONE
+    monkeypatch.chdir(tmp_path / "out")
+    gallery, diagnosed = ["report", str(out), "--gallery", str(tmp_path / "g.png")], ["diagnose", str(out), "--json"]
+    for command in (gallery, diagnosed):
+        capsys.readouterr()
+        assert cli.main(command) == cli.USAGE
+        assert "folder:mine: no such folder" in (said := capsys.readouterr().err) and "--dataset" in said
+        assert cli.main([*command, "--dataset", source]) == cli.DONE
+    assert json.loads(capsys.readouterr().out)["runs"][0]["n"] == 3
+    other = f"folder:{tmp_path / 'other'},family=fashion-mnist"
+    shutil.copytree(tmp_path / "mine", tmp_path / "other")
+    next((tmp_path / "other" / "kind0").iterdir()).unlink()
+    assert cli.main([*diagnosed, "--dataset", other]) == cli.USAGE
+    assert "attacked other images of folder:mine" in capsys.readouterr().err
+
+
 # --- diagnoses
 
 

@@ -38,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain("interrupted; the same command continues", INCOMPLETE)
     except BrokenPipeError:
         return DONE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return complain(f"{error.filename}: {error.strerror}; name another file or folder, or make it usable", FAILED)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark.errors import UsageError
-
 DONE, FAILED, USAGE, INCOMPLETE = 0, 1, 2, 75
 
 
@@ -31,20 +29,6 @@ def print_findings(found: Sequence[Any]) -> None:
         print(f"{marks[f.status]} {f.id:<24} {value}{expected}")
         if f.advice and f.status in ("warn", "fail"):
             print(f"     → {f.advice}")
-
-
-def device_of(name: str) -> str:
-    import torch
-
-    if name != "auto":
-        try:
-            torch.device(name)
-        except RuntimeError as error:
-            raise UsageError(f"--device {name}: {error}") from error
-        if name.startswith("cuda") and not torch.cuda.is_available():
-            raise UsageError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def complain(message: object, code: int) -> int:

@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
         "paths", nargs="*", default=["results/run"], metavar="PATH", help="folders with runs; or a saved --json"
     )
     diagnose.add_argument("--n-examples", type=int, default=32, metavar="N", help="images of each run, at most (32)")
+    diagnose.add_argument("--dataset", metavar="DATASET", help="where it is, of runs on files: parquet:PATH")
     diagnose.add_argument("--weights", metavar="FOLDER", help="a folder with further cards")
     diagnose.add_argument("--data-dir", metavar="FOLDER", help="where data sets lie")
     diagnose.add_argument("--json", action="store_true", help="one object: a list under runs")
@@ -85,7 +86,9 @@ def parser() -> argparse.ArgumentParser:
 
     check = _command(commands, "check", "check that a component keeps its contract, in seconds")
     check.add_argument("--purifier", metavar="SPEC", help="e.g. file:mine.py:Mine")
-    check.add_argument("--classifier", metavar="SPEC", help="e.g. robustbench:Carmon2019Unlabeled")
+    check.add_argument(
+        "--classifier", metavar="SPEC", help="e.g. robustbench:Carmon2019Unlabeled; it judges the purifier, too"
+    )
     check.add_argument("--attack", metavar="SPEC", help="e.g. file:mine.py:MyAttack")
     _device(check)
     _files(check)
@@ -193,6 +196,7 @@ def _report(commands: Any) -> None:
     )  # fmt: skip
     how.add_argument("--out", metavar="FOLDER", help="html is written to FOLDER/index.html; figures go here")
     how.add_argument("--images", type=int, metavar="N", help="images of a gallery (2; of one beside records 8)")
+    how.add_argument("--dataset", metavar="DATASET", help="where it is, for galleries of runs on files: parquet:PATH")
     how.add_argument("--weights", metavar="FOLDER", help="a folder with further cards, for galleries")
     how.add_argument("--data-dir", metavar="FOLDER", help="where data sets lie, for galleries")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,9 +65,14 @@ class Runs(NamedTuple):
 
 def _runs(arguments: argparse.Namespace) -> Runs:
     """The runs that a report is asked for."""
-    from benchmark.results import find_runs, where
+    from benchmark.results import distinct, find_runs, where
 
-    runs = find_runs(arguments.paths)
+    there = find_runs(arguments.paths)
+    runs = distinct(there)
+    kept = {id(run) for run in runs}
+    for run in there:
+        if id(run) not in kept:
+            print(f"note: left out {run['folder']}, a copy of a run that is here already", file=sys.stderr)
     chosen = where(runs, arguments.where or [])
     beside = find_runs(arguments.beside) if arguments.beside else []
     kept = {id(run) for run in chosen}
@@ -152,7 +158,10 @@ def _replays(arguments: argparse.Namespace, count: int, *, exactly: bool = True)
     weights = [Path(arguments.weights)] if arguments.weights else []
     runs = find_runs(arguments.paths)
     counts = [count if exactly else min(count, len(run["records"])) for run in runs]
-    return [replay(run, n, weights=weights, data_dir=arguments.data_dir) for run, n in zip(runs, counts, strict=True)]
+    return [
+        replay(run, n, weights=weights, data_dir=arguments.data_dir, dataset=arguments.dataset)
+        for run, n in zip(runs, counts, strict=True)
+    ]
 
 
 def diagnose(arguments: argparse.Namespace) -> int:
@@ -198,7 +207,7 @@ def _page(runs: Runs, out: str | None) -> str:
 
 def audit(arguments: argparse.Namespace) -> int:
     from benchmark import audit
-    from benchmark.results import find_runs
+    from benchmark.results import distinct, find_runs
 
     saved = [Path(path) for path in arguments.paths if path.endswith(".json")]
     if saved:
@@ -208,7 +217,7 @@ def audit(arguments: argparse.Namespace) -> int:
     elif arguments.paths or arguments.only in ("black-box", "grades"):
         if arguments.only == "gradients":
             raise UsageError("--only gradients takes no folders: it builds the defense itself, with --purifier SPEC")
-        runs = find_runs(arguments.paths or ["results" if arguments.only == "grades" else "results/run"])
+        runs = distinct(find_runs(arguments.paths or ["results" if arguments.only == "grades" else "results/run"]))
         document = audit.graded(runs) if arguments.only == "grades" else audit.black_box(runs)
     else:
         document = {"gradients": [audit.gradients(cell) for cell in cells_of(arguments)]}
@@ -238,7 +247,7 @@ REPORTS: dict[str, tuple[Callable[[argparse.Namespace], str], tuple[str, ...]]] 
     "compare": (_compare, ("format",)),
     "match": (_match, ("columns", "where")),
     "figures": (_figures, ("out", "beside", "where")),
-    "gallery": (_gallery, ("images", "weights", "data_dir")),
+    "gallery": (_gallery, ("images", "dataset", "weights", "data_dir")),
     "bibtex": (_bibtex, ("where",)),
     "table": (_table, ("format", "rule", "worst_case", "columns", "sort", "with_published", "out", "beside", "where")),
 }

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from benchmark.cli.common import DONE, FAILED, INCOMPLETE, complain, device_of
+from benchmark.cli.common import DONE, FAILED, INCOMPLETE, complain
 from benchmark.errors import NotApplicableError, RunError, UsageError
 
 
@@ -28,7 +28,7 @@ def settings_of(arguments: argparse.Namespace) -> Any:
     return Settings(
         budget=arguments.budget, n=arguments.n_examples, norm=arguments.norm,
         attacker=arguments.attacker, draws=arguments.draws, seed=arguments.seed, rows=arguments.batch_size,
-        device=device_of(arguments.device), out=arguments.out, data_dir=arguments.data_dir,
+        device=arguments.device, out=arguments.out, data_dir=arguments.data_dir,
         weights=arguments.weights, offline=arguments.offline, trust=arguments.trust_checkpoint,
         preflight=not getattr(arguments, "no_preflight", False),
         mixed_environment=getattr(arguments, "mixed_environment", False),
@@ -68,23 +68,23 @@ def run(arguments: argparse.Namespace) -> int:
     from benchmark import report, writers
     from benchmark.cell import Incomplete
     from benchmark.fetch import NetworkForbidden
-    from benchmark.results import read_run
 
     signal.signal(signal.SIGTERM, _interrupt)
     settings, began = settings_of(arguments), time.monotonic()
     print("timing a batch of each defense", file=sys.stderr, flush=True)
     # a slip in the last spec shows now, not after the hours that the first cells take; so does what they will take
-    prices = {str(cell.folder.folder): _price(cell) for cell in cells_of(arguments, settings)}
-    _agree(sum(p.hours or 0 for p in prices.values() if p), arguments)
-    folders, unfit, failed = [], [], False
+    prices = {cell.identity.hash8: _price(cell) for cell in cells_of(arguments, settings)}
+    _agree(sum(p.hours or 0 for p in prices.values() if p), arguments, settings.device)
+    runs, unfit, failed = {}, [], False
     for cell in cells_of(arguments, settings):
         if arguments.stop_after is not None:
             cell.settings.stop_after = arguments.stop_after - (time.monotonic() - began)
         print(f"{cell}\n{cell.plan}", file=sys.stderr, flush=True)
-        if cost := prices[str(cell.folder.folder)]:
+        if cost := prices[cell.identity.hash8]:
             print(cost, file=sys.stderr, flush=True)
         try:
-            folders.append(cell.run())
+            if (found := cell.recorded(cell.run())) is not None:
+                runs[found["folder"]] = found
         except (NotApplicableError, RunError) as error:  # the other cells have their numbers
             unfit.append(str(error))
             failed |= isinstance(error, RunError)
@@ -97,10 +97,9 @@ def run(arguments: argparse.Namespace) -> int:
             traceback.print_exc()
             unfit.append(f"{cell}: {type(error).__name__}: {error}")
             failed = True
-    if not folders and unfit:
+    if not runs and unfit:
         raise (RunError if failed else UsageError)("no cell of this command has a number: see above")
-    runs = [read_run(folder) for folder in dict.fromkeys(folders) if (folder / "run.json").exists()]
-    if whole := [run for run in runs if run["complete"] or not arguments.shard]:
+    if whole := [run for run in runs.values() if run["complete"] or not arguments.shard]:
         print(writers.render(report.table(whole, worst_case=True), "md"), end="")
     if len(whole) < len(runs):
         print(
@@ -122,13 +121,13 @@ def _price(cell: Any) -> Any:
         return None
 
 
-def _agree(hours: float, arguments: argparse.Namespace) -> None:
+def _agree(hours: float, arguments: argparse.Namespace, device: str) -> None:
     """Refuse to begin what takes longer than was agreed to."""
     from benchmark.plan import duration
 
     most = arguments.max_hours
     if most is None:
-        most = 8.0 if device_of(arguments.device) == "cpu" else float("inf")
+        most = 8.0 if device == "cpu" else float("inf")
     if not hours <= most and not arguments.yes:
         raise UsageError(
             f"this takes about {duration(hours)} here, and --max-hours is {most:g}: nothing was run. --yes runs it "

@@ -8,16 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmark.cli.common import DONE, FAILED, INCOMPLETE, complain, device_of, needed, print_findings
+from benchmark.cli.common import DONE, FAILED, INCOMPLETE, complain, needed, print_findings
 from benchmark.errors import UsageError
 
 
 def purify(arguments: argparse.Namespace) -> int:
+    from benchmark.device import device_named
     from benchmark.purify import purify
 
     spec = purify(
         arguments.image, arguments.out, arguments.purifier, needed(arguments), resize=arguments.resize,
-        seed=arguments.seed, device=device_of(arguments.device),
+        seed=arguments.seed, device=device_named(arguments.device),
     )  # fmt: skip
     print(f"purified by {spec}", file=sys.stderr)
     print(arguments.out)
@@ -28,6 +29,7 @@ def sample(arguments: argparse.Namespace) -> int:
     import torch
 
     from benchmark import checkpoints, registry
+    from benchmark.device import device_named
     from benchmark.repeatable import make_repeatable
     from benchmark.samples import samples
     from purifiers import Purifier
@@ -43,7 +45,7 @@ def sample(arguments: argparse.Namespace) -> int:
     if ignored := sorted(spec.options.keys() - {"weights"}) if spec.name != "file" else []:
         raise UsageError(f"{spec}: a sample shows the model, not how it purifies: leave out {', '.join(ignored)}")
     built = checkpoints.build("purifiers", spec, need)
-    device = device_of(arguments.device)
+    device = device_named(arguments.device)
     make_repeatable(torch.device(device))
     module = built.module.to(device)
     if not isinstance(module, Purifier) or not samples(
@@ -134,6 +136,7 @@ def _abilities(built: Any) -> dict[str, Any]:
 
 def check(arguments: argparse.Namespace) -> int:
     from benchmark import check, data
+    from benchmark.device import device_named
 
     wanted = {kind: getattr(arguments, kind) for kind in ("purifier", "classifier", "attack")}
     wanted = {kind: spec for kind, spec in wanted.items() if spec}
@@ -141,8 +144,9 @@ def check(arguments: argparse.Namespace) -> int:
         raise UsageError("name what to check: --purifier, --classifier or --attack SPEC")
     need = needed(arguments)
     images = data.load(arguments.dataset, 64, data_dir=arguments.data_dir, offline=arguments.offline)
-    images = images.first(min(64, len(images))).to(device_of(arguments.device))
-    checks = {spec: check.component(kind, spec, need, images) for kind, spec in wanted.items()}
+    images = images.first(min(64, len(images))).to(device_named(arguments.device))
+    judge = arguments.classifier
+    checks = {spec: check.component(kind, spec, need, images, judge) for kind, spec in wanted.items()}
     if arguments.json:
         texts = {spec: [c._asdict() | {"value": str(c.value)} for c in found] for spec, found in checks.items()}
         print(json.dumps(texts, indent=2))
@@ -158,9 +162,11 @@ def verify(arguments: argparse.Namespace) -> int:
     from benchmark.results import find_runs
     from benchmark.verify import each
 
+    if arguments.images < 0:
+        raise UsageError(f"--images {arguments.images}: how many are attacked again, or 0 to only look")
     runs, again = find_runs(arguments.paths), arguments.images > 0
     settings = Settings(
-        n=max(arguments.images, 1), device=device_of(arguments.device), data_dir=arguments.data_dir,
+        n=max(arguments.images, 1), device=arguments.device, data_dir=arguments.data_dir,
         weights=arguments.weights, offline=arguments.offline, trust=arguments.trust_checkpoint,
     )  # fmt: skip
     found = {}
@@ -211,11 +217,12 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 def train(arguments: argparse.Namespace) -> int:
     from benchmark import data, registry
+    from benchmark.device import device_named
     from benchmark.plan import duration
     from benchmark.recipes import ordered, recipes
     from benchmark.train import paused, train
 
-    out, device = Path(arguments.out), device_of(arguments.device)
+    out, device = Path(arguments.out), device_named(arguments.device)
     family = data.form(arguments.dataset, data_dir=arguments.data_dir).family
     names = ordered(family, None if arguments.names == "all" else registry.split(arguments.names))
     known, unfinished = recipes(family), set[str]()
@@ -246,14 +253,15 @@ def train(arguments: argparse.Namespace) -> int:
 def bench(arguments: argparse.Namespace) -> int:
     from benchmark import bench
     from benchmark.config import slug
+    from benchmark.device import device_named
     from benchmark.results import replace
 
     if arguments.path:
         print(bench.render(bench.saved(Path(arguments.path))), end="")
         return DONE
     measured = bench.Bench(
-        arguments.purifier, arguments.classifier, arguments.dataset, device_of(arguments.device), arguments.batch_size,
-        arguments.repetitions, arguments.weights,
+        arguments.purifier, arguments.classifier, arguments.dataset, device_named(arguments.device),
+        arguments.batch_size, arguments.repetitions, arguments.weights,
     ).run(compiled=arguments.compile)  # fmt: skip
     document, text = json.dumps(measured, indent=2) + "\n", bench.render(measured)
     if arguments.out:
