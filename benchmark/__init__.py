@@ -62,7 +62,7 @@ def evaluate(
         data: a data set's name, or (images, labels), tensors or arrays: images in [0, 1], or uint8 in levels of 255, of
             shape (N, C, H, W); labels of shape (N,).
         attack: a spec, e.g. "pgd:steps=50".
-        **settings: the fields of ``benchmark.cell.Settings``: norm, eps, n, budget, view, seed, out, and so on.
+        **settings: the fields of ``benchmark.settings.Settings``: norm, eps, n, budget, view, seed, out, and so on.
 
     Raises:
         UsageError: for settings that can't be met.
@@ -70,7 +70,8 @@ def evaluate(
         Incomplete: if ``stop_after`` seconds passed.
     """
     from benchmark import defenses  # heavy: torch
-    from benchmark.cell import Cell, Settings
+    from benchmark.cell import Cell
+    from benchmark.settings import Settings
 
     with defenses.lent(defense):
         return Cell(defense, data, attack, Settings(**settings)).result()

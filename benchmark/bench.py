@@ -29,11 +29,12 @@ from attacks._recompute import footprint
 from attacks._views import Exact, View
 from benchmark import checkpoints, data, evidence, memory, registry, stats
 from benchmark.alone import Alone, Network
-from benchmark.cell import Cell, Settings
+from benchmark.cell import Cell
 from benchmark.errors import UsageError
 from benchmark.preflight import Check
 from benchmark.repeatable import make_repeatable
 from benchmark.results import environment
+from benchmark.settings import Settings
 from purifiers import Defense, Tape
 
 LENGTHS = (5, 20, 100)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -21,20 +18,18 @@ from torch import Tensor, nn
 from attacks import NORMS, PRECISIONS, Attack, NotApplicable, ThreatModel
 from attacks._recompute import ROWS, Footprint, footprint
 from benchmark import checkpoints, config, data, defenses, memory, registry, report
-from benchmark.device import device_named
 from benchmark.engine import BLOCK, Engine, Incomplete
 from benchmark.errors import NotApplicableError, RunError, UsageError
 from benchmark.plan import Plan, plan
 from benchmark.preflight import accuracy_check, failures, preflight
 from benchmark.repeatable import make_repeatable
 from benchmark.results import Run, environment, read_run
+from benchmark.settings import KNOWN, Settings
 from benchmark.views import View
 from purifiers import Defense, Purifier, Tape
 
-__all__ = ["Cell", "Incomplete", "Result", "Settings"]
+__all__ = ["Cell", "Incomplete", "Result"]
 
-KNOWN = 64
-"""Images on which a classifier is held against its stated accuracy."""
 MOST_ROWS = {"cpu": 128, "cuda": 2048}
 """Rows of a network call, unless told otherwise or memory is short."""
 
@@ -47,70 +42,10 @@ class Result(NamedTuple):
     folder: Path
 
 
-@dataclass
-class Settings:
-    """How to evaluate, apart from what: see ``python -m benchmark run --help`` for each."""
-
-    budget: str = "auto"
-    n: int | None = None
-    """Images; the budget's default if None."""
-    norm: str | None = None
-    """Of the threat model; the attack's first if None: Linf, but for stadv."""
-    eps: str | float | Fraction | None = None
-    view: str = "auto"
-    attacker: str | None = None
-    draws: int | None = None
-    seed: int = 0
-    rows: int | None = None
-    """Of every network call; what fits if None."""
-    precision: str = "float32"
-    """Of the attacker's gradients."""
-    compile: bool = False
-    """Compile the networks for the fixed shape of their calls."""
-    channels_last: bool = False
-    """Lay out weights with channels last; what they are given follows."""
-    shard: str | None = None
-    """"I/N": only every N-th group of images, from the I-th on; processes with the same ``out`` share the work."""
-    device: str = "auto"
-    """"cpu", "cuda", "cuda:N", or "auto": a GPU where there is one."""
-    out: str | Path = "results/run"
-    data_dir: str | None = None
-    weights: str | None = None
-    shelf: checkpoints.Shelf = field(default_factory=checkpoints.Shelf, repr=False)
-    """Where networks stand that several cells share."""
-    offline: bool = False
-    trust: bool = False
-    """Load checkpoints that execute code."""
-    preflight: bool = True
-    mixed_environment: bool = False
-    stop_after: float | None = None
-    quiet: bool = False
-
-    def __post_init__(self) -> None:
-        self.device = device_named(self.device)
-
-    @property
-    def images(self) -> int:
-        """How many images are evaluated."""
-        n = config.budget(self.budget, torch.device(self.device).type).n if self.n is None else self.n
-        if n < 1:
-            raise UsageError(f"--n-examples {n}: at least one image is needed")
-        return n
-
-    def examples(self, source: str | tuple[Tensor, Tensor] | data.Dataset) -> data.Dataset:
-        """At least as many examples, by name or from tensors; an error if there are fewer."""
-        if isinstance(source, str):
-            source = data.load(source, max(self.images, KNOWN), data_dir=self.data_dir, offline=self.offline)
-        elif not isinstance(source, data.Dataset):
-            source = _from_arrays(source)
-        source.first(self.images)
-        return source
-
-
 class Cell:
     """One cell of a table, ready to run: components, identity, plan and folder."""
 
-    def __init__(self, defense: Defense, source: str | tuple[Tensor, Tensor] | data.Dataset, attack: str,
+    def __init__(self, defense: Defense, source: str | tuple[Any, Any] | data.Dataset, attack: str,
                  settings: Settings):  # fmt: skip
         self.settings = s = settings
         self.device = torch.device(s.device)
@@ -124,7 +59,7 @@ class Cell:
             PRECISIONS[s.precision]().context(self.device.type)
         except ValueError as error:
             raise UsageError(f"--precision {s.precision}: {error}") from error
-        self.shard = _shard(s.shard)
+        self.shard = s.part
         if s.rows is not None and (s.rows < 1 or s.rows % ROWS):
             raise UsageError(f"--batch-size {s.rows}: row counts are multiples of 32, so that no row sees its place")
         self.n, self.data = s.images, s.examples(source)
@@ -446,42 +381,6 @@ class Cell:
             raise RunError(
                 f"preflight failed, nothing was run (--no-preflight runs anyway, and the table says so):\n{lines}"
             )
-
-
-def _from_arrays(source: Any) -> data.Dataset:
-    """The caller's own images and labels, tensors or arrays; uint8 images are levels of 255."""
-    try:
-        images, labels = (torch.as_tensor(part).detach().cpu() for part in source)
-    except Exception as error:  # whatever torch, or a foreign type, raises
-        raise UsageError(f"data is a data set's name or (images, labels), not {type(source).__name__}") from error
-    if images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):
-        raise UsageError(
-            f"images have the shape (N, C, H, W) and labels (N,), N at least 1; got {tuple(images.shape)} and "
-            f"{tuple(labels.shape)}"
-        )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool or labels.min() < 0:
-        raise UsageError(f"labels are class numbers from 0 on, got {labels.dtype} from {labels.min()}")
-    if images.dtype != torch.uint8:
-        if not images.is_floating_point():
-            raise UsageError(f"images are floats in [0, 1], or uint8 in levels of 255; got {images.dtype}")
-        images = images.float()
-        if not (images.isfinite().all() and images.min() >= 0 and images.max() <= 1):
-            raise UsageError(
-                f"images are in [0, 1], got {images.min():.3g} to {images.max():.3g}; divide levels by 255"
-            )
-    digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
-    form = data.Form("tensors", tuple(images.shape[1:]), int(labels.max()) + 1)  # type: ignore[arg-type]
-    return data.Dataset("tensors", images, labels.long(), torch.arange(len(labels)), digest, form)
-
-
-def _shard(text: str | None) -> tuple[int, int]:
-    """The number of a part, from 0, and how many parts there are."""
-    if text is None:
-        return 0, 1
-    number, _, of = text.partition("/")
-    if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
-        raise UsageError(f"--shard {text}: expected I/N with 1 <= I <= N, e.g. 1/4")
-    return int(number) - 1, int(of)
 
 
 LAID_OUT: WeakKeyDictionary[Defense, dict[tuple, Defense]] = WeakKeyDictionary()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from platformdirs import user_cache_path
@@ -145,6 +146,36 @@ def load(text: str, at_least: int = 1, *, data_dir: str | None = None, offline: 
     request = Request(at_least, Path(data_dir).expanduser() if data_dir else cache_dir(), offline)
     arguments = () if spec.argument is None else (spec.argument,)
     return LOADERS[spec.name](request, *arguments, **options)
+
+
+def from_arrays(source: Any) -> Dataset:
+    """The caller's own images and labels, tensors or arrays; uint8 images are levels of 255.
+
+    Raises:
+        UsageError: for anything else, or values that can't be meant.
+    """
+    try:
+        images, labels = (torch.as_tensor(part).detach().cpu() for part in source)
+    except Exception as error:  # whatever torch, or a foreign type, raises
+        raise UsageError(f"data is a data set's name or (images, labels), not {type(source).__name__}") from error
+    if images.ndim != 4 or labels.shape != images.shape[:1] or not len(images):
+        raise UsageError(
+            f"images have the shape (N, C, H, W) and labels (N,), N at least 1; got {tuple(images.shape)} and "
+            f"{tuple(labels.shape)}"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool or labels.min() < 0:
+        raise UsageError(f"labels are class numbers from 0 on, got {labels.dtype} from {labels.min()}")
+    if images.dtype != torch.uint8:
+        if not images.is_floating_point():
+            raise UsageError(f"images are floats in [0, 1], or uint8 in levels of 255; got {images.dtype}")
+        images = images.float()
+        if not (images.isfinite().all() and images.min() >= 0 and images.max() <= 1):
+            raise UsageError(
+                f"images are in [0, 1], got {images.min():.3g} to {images.max():.3g}; divide levels by 255"
+            )
+    digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+    form = Form("tensors", tuple(images.shape[1:]), int(labels.max()) + 1)  # type: ignore[arg-type]
+    return Dataset("tensors", images, labels.long(), torch.arange(len(labels)), digest, form)
 
 
 def part(text: str, split: str | None = None) -> str:

@@ -20,7 +20,8 @@ from benchmark.foreign import Foreign
 from purifiers import Defense, Purifier
 
 if TYPE_CHECKING:
-    from benchmark.cell import Cell, Settings
+    from benchmark.cell import Cell
+    from benchmark.settings import Settings
 
 
 def load(

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from benchmark import config, data, defenses, evidence, registry, stats
-from benchmark.cell import Cell, Settings
+from benchmark.cell import Cell
 from benchmark.engine import BLOCK
 from benchmark.errors import RunError, UsageError
 from benchmark.preflight import Check
 from benchmark.results import environment
+from benchmark.settings import Settings
 
 AGAIN = ("clean", "adv", "select", "random", "distance", "broken_at", "null_wrong", "package_verdict")
 """What of a record has to come out the same."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from benchmark import audit, cli, evaluate, evidence, stats
-from benchmark.cell import Cell, Settings
+from benchmark.cell import Cell
 from benchmark.results import find_runs
+from benchmark.settings import Settings
 from purifiers import Defense, Purifier, Tape
 from tests.conftest import Linear, images
 

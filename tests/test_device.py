@@ -15,8 +15,9 @@ from attacks._gradient import ce
 from attacks._views import Exact
 from benchmark import audit, cli, evaluate, registry
 from benchmark import train as training
-from benchmark.cell import Cell, Incomplete, Settings
+from benchmark.cell import Cell, Incomplete
 from benchmark.errors import UsageError
+from benchmark.settings import Settings
 from benchmark.train import train
 from purifiers import Batch, Defense, Purifier, Tape
 from purifiers.vae import VAE

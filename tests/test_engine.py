@@ -17,7 +17,8 @@ from attacks.apgd import APGD
 from attacks.autoattack import AutoAttack
 from attacks.pgd import PGD
 from benchmark import engine, evaluate
-from benchmark.cell import Cell, Incomplete, Settings
+from benchmark.cell import Cell, Incomplete
+from benchmark.settings import Settings
 from purifiers import Defense, Purifier, Tape
 from purifiers.diffpure import DiffPure
 from tests.conftest import Linear, images, undefended

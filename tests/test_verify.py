@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from benchmark import cli
-from benchmark.cell import Settings
 from benchmark.results import find_runs
+from benchmark.settings import Settings
 from benchmark.verify import verify
 
 N = 4

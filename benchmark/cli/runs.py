@@ -19,7 +19,7 @@ def settings_of(arguments: argparse.Namespace) -> Any:
     """How a command line evaluates, apart from what."""
     import torch
 
-    from benchmark.cell import Settings
+    from benchmark.settings import Settings
 
     if arguments.threads is not None:
         if arguments.threads < 1:

@@ -158,8 +158,8 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    from benchmark.cell import Settings
     from benchmark.results import find_runs
+    from benchmark.settings import Settings
     from benchmark.verify import each
 
     if arguments.images < 0:
