@@ -79,7 +79,8 @@ headline: install
 
 # Victims and purifiers trained from nothing, their dials turned on validation images, then attacked at their defaults
 # and at equal clean accuracy. Each line continues where it was stopped. EXACT is what training ends with and tables are
-# of, where that isn't all of CIFAR10, e.g. CIFAR10=parquet:FOLDER EXACT=parquet:FOLDER,only=exact.
+# of, where that isn't all of CIFAR10, e.g. CIFAR10=parquet:FOLDER EXACT=parquet:FOLDER,only=exact. TRAIN and RUN are
+# further options of train and run, e.g. TRAIN='--epochs 40' RUN='--precision tf32 --channels-last'.
 CIFAR10 ?= cifar10
 EXACT ?= $(CIFAR10)
 SIZE ?=
@@ -94,6 +95,7 @@ MODELS ?= vae,vqvae,nvae,vae-latent,latent,diffpure,diffusevae
 BATCH ?= 256
 MATCH ?= 0.85
 TRAIN ?=
+RUN ?=
 BUDGET ?= quick
 IMAGES ?= 256
 comma := ,
@@ -109,7 +111,7 @@ MADE = $(OUT)/cifar10$(if $(SIZE),-$(SIZE))
 turned = $(filter $(addsuffix :%,$(models)),$(DIALS))
 
 .PHONY: cifar10
-cifar10: SHARED = --weights $(OUT)/weights --budget $(BUDGET) --yes
+cifar10: SHARED = --weights $(OUT)/weights --budget $(BUDGET) --yes $(RUN)
 cifar10: TESTED = --dataset '$(EXACT)' --n-examples $(IMAGES) --attack pgd,autoattack $(SHARED)
 cifar10: install
 	$(BIN)/python -m benchmark train $(VICTIMS),$(MODELS) --dataset '$(CIFAR10)' --finish '$(EXACT)' --out $(OUT)/weights $(TRAIN)

@@ -58,9 +58,10 @@ def evaluate(
 
     Args:
         defense: from ``load``, or ``purifiers.Defense(purifier, classifier)`` of any modules. It works on the device of
-            the settings, a GPU where there is one, and is back where it was afterwards.
+            the settings, a GPU where there is one, and is back where it was afterwards. ``Defense`` froze its modules:
+            eval mode, no gradients of parameters; train a copy.
         data: a data set's name, or (images, labels), tensors or arrays: images in [0, 1], or uint8 in levels of 255, of
-            shape (N, C, H, W); labels of shape (N,).
+            shape (N, C, H, W); labels of shape (N,). Without ``n`` the budget's number, or all.
         attack: a spec, e.g. "pgd:steps=50".
         **settings: the fields of ``benchmark.settings.Settings``: norm, eps, n, budget, view, seed, out, and so on.
 
@@ -69,9 +70,15 @@ def evaluate(
         RunError: if the defense fails a check, the attack leaves its threat model, or the disk fails.
         Incomplete: if ``stop_after`` seconds passed.
     """
-    from benchmark import defenses  # heavy: torch
+    from dataclasses import fields
+
+    from benchmark import defenses, registry  # heavy: torch
     from benchmark.cell import Cell
+    from benchmark.errors import UsageError
     from benchmark.settings import Settings
 
+    known = [field.name for field in fields(Settings)]
+    if wrong := [key for key in settings if key not in known]:
+        raise UsageError(registry.unknown("setting", wrong[0], known))
     with defenses.lent(defense):
         return Cell(defense, data, attack, Settings(**settings)).result()

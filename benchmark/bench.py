@@ -138,11 +138,12 @@ class Bench:
             with torch.no_grad():
                 purifier(self.x, self.tape)
 
+        # where not all graphs fit, "kept" is as many as do
         works = {
             "forwards": lambda: network.forward(times),
             "gradients": lambda: network.gradient(times),
             "purification": purify,
-            "kept": lambda: _differentiate(Exact(None), purifier, self.x, self.tape),
+            "kept": lambda: _differentiate(Exact(limit), purifier, self.x, self.tape),
             "recomputed": lambda: _differentiate(Exact(0), purifier, self.x, self.tape),
         }
         peaks = {name: self._peak(works[name]) for name in ("purification", "kept", "recomputed")}
@@ -233,10 +234,12 @@ class Bench:
     def _precisions(self) -> list[dict[str, Any]]:
         """Gradients of other arithmetics beside that of float32: their directions, and what they cost."""
         defense, found = self.defense(), []
+        feet = footprint(defense, self.x[:1], self.tape[:1], Exact(), staged=True)
+        keep = feet.keep(2 * self.rows, memory.budget(self.device))  # float64 takes twice as much
         reference: Tensor | None = None
         for name, precision in PRECISIONS.items():
             calls = Calls(self.rows, precision())
-            request = Request(defense, Exact(), self.x, self.tape, 1, ce, (self.y,), gradient=True)
+            request = Request(defense, Exact(keep), self.x, self.tape, 1, ce, (self.y,), gradient=True)
             try:
                 precision().context(self.device.type)
             except ValueError:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attacks import NORMS, PRECISIONS, Attack, NotApplicable, ThreatModel
+from attacks import NORMS, PRECISIONS, Attack, Calls, NotApplicable, ThreatModel
 from attacks._recompute import ROWS, Footprint, footprint
-from benchmark import checkpoints, config, data, defenses, memory, registry, report
+from benchmark import checkpoints, config, data, defenses, evidence, memory, registry, report
 from benchmark.engine import BLOCK, Engine, Incomplete
 from benchmark.errors import NotApplicableError, RunError, UsageError
 from benchmark.plan import Plan, plan
@@ -25,11 +26,14 @@ from benchmark.preflight import accuracy_check, failures, preflight
 from benchmark.repeatable import make_repeatable
 from benchmark.results import Run, environment, read_run
 from benchmark.settings import KNOWN, Settings
+from benchmark.verdict import Judge, classes
 from benchmark.views import View
 from purifiers import Defense, Purifier, Tape
 
 __all__ = ["Cell", "Incomplete", "Result"]
 
+FULL = 128
+"""Rows that fill a device, so that more of them are no faster."""
 MOST_ROWS = {"cpu": 128, "cuda": 2048}
 """Rows of a network call, unless told otherwise or memory is short."""
 
@@ -40,6 +44,11 @@ class Result(NamedTuple):
     rows: list[dict[str, Any]]
     records: list[dict[str, Any]]
     folder: Path
+
+    @property
+    def adversarial(self) -> Tensor:
+        """The adversarial images of a whole run's records, float32 in [0, 1], shape (N, C, H, W), from its folder."""
+        return torch.from_numpy(np.load(self.folder / "adversarial.npy")[: len(self.records)])
 
 
 class Cell:
@@ -62,10 +71,11 @@ class Cell:
         self.shard = s.part
         if s.rows is not None and (s.rows < 1 or s.rows % ROWS):
             raise UsageError(f"--batch-size {s.rows}: row counts are multiples of 32, so that no row sees its place")
-        self.n, self.data = s.images, s.examples(source)
+        self.data = s.examples(source)
+        self.n = s.images
         described = defenses.describe(defense)
         try:
-            tame = defenses.tamed(defense, self.data.images(slice(0, 8)))
+            tame = defenses.tamed(defense.to(self.device), self.data.images(slice(0, 8)).to(self.device))
         except Exception as error:  # whatever a module raises that is called for the first time
             raise UsageError(
                 f"the purifier {described['names']['purifier']} raised {registry.raised(error)}"
@@ -162,6 +172,7 @@ class Cell:
         if self.view.foreknown:
             display += " [knows the verdict's draws]"
         names = self.names = described["names"] | {"attack": attack, "display": display}
+        names |= {"purifier": s.name} if s.name else {}
         self.folder = Run(
             Path(s.out), self.identity, names,
             {"environment": environment(s.device, compile=s.compile, channels_last=s.channels_last),
@@ -180,9 +191,11 @@ class Cell:
 
     def __str__(self) -> str:
         i, names = self.identity, self.names
+        copies = "" if i.copies == 1 else f" × {i.copies} ({i.combine})"
+        view = evidence.view({"view": i.view, "attacker": i.attacker})
         return (
-            f"{names['purifier']} + {names['classifier']} under {names['display']}, {i.norm} {i.eps}, view {i.view}, "
-            f"{i.dataset} n={self.n}, seed {i.seed}"
+            f"{names['purifier']}{copies} + {names['classifier']} under {names['display']}, {i.norm} {i.eps}, "
+            f"view {view}, {i.dataset} n={self.n}, seed {i.seed}"
         )
 
     def result(self) -> Result:
@@ -240,8 +253,14 @@ class Cell:
 
     @cached_property
     def fitting(self) -> int:
-        """The most rows that fit into memory, up to ``most_rows``; 0 if not even 32 do."""
-        return self.footprint.rows(self.most_rows, memory.budget(self.device))
+        """The most rows that fit into memory, up to ``most_rows``; 0 if not even 32 do.
+
+        Fewer, but a full call, where that keeps all graphs: to recompute costs a forward pass more.
+        """
+        budget = memory.budget(self.device)
+        most = self.footprint.rows(self.most_rows, budget)
+        fewer = (r for r in range(most, FULL - 1, -ROWS) if self.footprint.keep(r, budget) is None)
+        return most if self.settings.rows is not None else next(fewer, most)
 
     @property
     def most_rows(self) -> int:
@@ -264,6 +283,7 @@ class Cell:
         """Attack every example that isn't recorded yet; returns the folder."""
         s, began = self.settings, time.monotonic()
         self.folder.check_identity()
+        self.check_same()
         if not self.left():
             if not s.quiet:
                 which = f"all {self.n} images" if self.shard == (0, 1) else f"the images of shard {s.shard}"
@@ -290,6 +310,36 @@ class Cell:
                 except torch.cuda.OutOfMemoryError:
                     pass  # the error holds on to the failed call's tensors: it must be gone before they are given back
                 self.halve()
+
+    def check_same(self) -> None:
+        """Whether a defense that its own code decides still says what it said of images that are recorded.
+
+        Its fingerprint doesn't see what that code reads from files or the environment. A shipped component's weights
+        and protocol say all.
+
+        Raises:
+            UsageError: if logits at the first recorded images are others.
+        """
+        done, identity = self.folder.done(), self.identity
+        by_hand = defenses.built_by_hand({"weights": identity.weights})
+        own = by_hand or "file:" in identity.purifier + identity.classifier
+        known = [p for p in range(self.n) if int(self.data.ids[p]) in done][:8]
+        if not (own and known) or (self.stochastic and self.folder.settings["noise"] == "global"):
+            return
+        make_repeatable(self.device)
+        x, ids = self.data.images(torch.tensor(known)).to(self.device), self.data.ids[known]
+        now = Judge(self, Calls(self.folder.begun_rows() or ROWS)).clean(x, ids).cpu()
+        stored = self.folder.logits("clean")
+        other = sum(
+            _other(logits, stored[i]) if i in stored else classes(logits).tolist() != done[i]["clean"]
+            for logits, i in zip(now, ids.tolist(), strict=True)
+        )
+        if other:
+            raise UsageError(
+                f"{self.folder.folder}: of {other} of {len(known)} recorded images the defense says something else: "
+                "something was changed that its fingerprint doesn't see, e.g. a file that it reads: nothing was "
+                "overwritten; choose another --out or delete the folder"
+            )
 
     def left(self) -> list[int]:
         """The positions of the images that this process has yet to do."""
@@ -381,6 +431,14 @@ class Cell:
             raise RunError(
                 f"preflight failed, nothing was run (--no-preflight runs anyway, and the table says so):\n{lines}"
             )
+
+
+def _other(logits: Tensor, stored: np.ndarray) -> bool:
+    """Whether logits of some draws are others than those on disk, by more than another machine's rounding."""
+    then = torch.from_numpy(stored).to(logits.dtype)
+    scale = then.nan_to_num().abs().max().clamp_min(1)
+    same = then.shape == logits.shape
+    return not (same and torch.allclose(logits, then, rtol=0, atol=float(1e-3 * scale), equal_nan=True))
 
 
 LAID_OUT: WeakKeyDictionary[Defense, dict[tuple, Defense]] = WeakKeyDictionary()

@@ -18,7 +18,7 @@ from benchmark.checkpoints import Need
 from benchmark.data import Dataset
 from benchmark.errors import RunError, UsageError
 from benchmark.plan import plan, stopwatch
-from benchmark.preflight import Check, accuracy_check, preflight
+from benchmark.preflight import Check, accuracy_check, correct, preflight
 from benchmark.repeatable import make_repeatable
 from benchmark.views import View
 from purifiers import Defense, Purifier, Tape
@@ -79,6 +79,9 @@ def classifier(spec: str, need: Need, images: Dataset) -> list[Check]:
     defense = Defense(registry.load("purifiers", "identity")(), found.module).to(images.device)
     with torch.no_grad():
         logits = defense.classifier(images.images(slice(0, 4)))
+    if not isinstance(logits, torch.Tensor):
+        advice = "return logits, a tensor of shape (images, classes): wrap what returns anything else"
+        return [Check("classes", "fail", type(logits).__name__, "a tensor", advice)]
     shape = (min(4, len(images)), need.form.classes)
     checks = [
         Check(
@@ -92,10 +95,12 @@ def classifier(spec: str, need: Need, images: Dataset) -> list[Check]:
         defense, Exact(keep=1), images.images(FEW), images.labels[FEW], images.ids[FEW], seed=0, rows=ROWS
     )
     few = slice(0, min(64, len(images)))
+    x, y = images.images(few), images.labels[few]
     if found.accuracy is None:
-        checks.append(Check("clean-accuracy", "n/a", "", "", "neither a card nor a leaderboard states its accuracy"))
+        right = correct(defense.classifier, x, y, rows=ROWS)
+        value = f"{right} of {len(x)} images, and neither a card nor a leaderboard says how many to expect"
+        checks.append(Check("clean-accuracy", "n/a", value, "", ""))
     else:
-        x, y = images.images(few), images.labels[few]
         checks.append(accuracy_check(defense.classifier, x, y, found.accuracy, rows=ROWS))
     return checks if any(c.status == "fail" for c in checks) else [*checks, *_cost(defense, images)]
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmark import registry, zoo
-from benchmark.data import Form
+from benchmark.data import FORMS, Form
 from benchmark.errors import UsageError
 from benchmark.fetch import Remote, network, obtain, sha256
 from benchmark.fingerprint import fingerprint
@@ -159,14 +159,14 @@ def build(kind: str, text: str | Spec, need: Need) -> Component:
     try:
         module: nn.Module = component(*fresh.values(), **options)
     except ValueError as error:
-        raise UsageError(f"{spec.name}: {error}") from error
+        raise UsageError(f"{registry.head(spec)}: {error}") from error
     except Exception as error:
         if spec.name != "file":
             raise
         raise UsageError(f"{spec}: {spec.argument} raised {registry.raised(error)}") from error
     if not isinstance(module, nn.Module):
         raise UsageError(f"{spec}: {spec.argument} returned {type(module).__name__}, not a torch.nn.Module")
-    if not fresh and module.state_dict():  # it brought weights of its own
+    if spec.name == "file" or not fresh and module.state_dict():  # it brought what it computes with
         hashes["module"] = fingerprint(module)
     accuracy = card.get("measured", {}).get("test", {}).get("accuracy") if kind == "classifiers" else None
     return Component(
@@ -190,6 +190,8 @@ def _remedy(kind: str, name: str, need: Need) -> str:
         compact = f"{name}{COMPACT}"
         return f"take {compact}, or {train}" if compact in cards(family, need.roots) else train
     known = [*names(kind, family, need.roots), *(f"{z}:NAME" for z in zoo.ZOOS if kind == "classifiers")]
+    if family not in FORMS:
+        return f"say whose images they are: --dataset …,family=NAME with a name of {', '.join(sorted(FORMS))}"
     return f"there is no recipe for it either (--weights FOLDER brings your own); what can be named: {', '.join(known)}"
 
 
@@ -249,7 +251,7 @@ def save(folder: Path, parts: dict[str, nn.Module]) -> dict[str, dict[str, str]]
     files = {}
     for name, net in parts.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
-        net = copy.deepcopy(net).half()
+        net = copy.deepcopy(net).half().cpu()  # the caller's own stays where it is
         if hasattr(net, "save_pretrained"):
             cast(Any, net).save_pretrained(folder / name)
         else:

@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from math import isfinite
 
 from benchmark import registry
 from benchmark.errors import UsageError
@@ -78,8 +79,10 @@ def radius(text: str | float | Fraction | None, norm: str, dataset: str) -> Frac
         if norm not in defaults:
             raise UsageError(f"no default {norm} radius for {dataset}: give --eps, e.g. --eps 8/255")
         text = defaults[norm]
-    if isinstance(text, float) and Fraction(round(255 * text), 255) == Fraction(text).limit_denominator(255):
-        text = f"{round(255 * text)}/255"  # 8 / 255 in a program is 8/255, as long as no other fraction is meant
+    if isinstance(text, float) and isfinite(text):
+        levels = round(255 * text)  # 8 / 255 in a program is 8/255, as long as no other fraction is meant
+        if Fraction(levels, 255) == Fraction(text).limit_denominator(255):
+            text = f"{levels}/255"
     try:
         eps = Fraction(str(text).replace(" ", ""))
     except (ValueError, ZeroDivisionError):

@@ -175,7 +175,7 @@ def from_arrays(source: Any) -> Dataset:
             )
     digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
     form = Form("tensors", tuple(images.shape[1:]), int(labels.max()) + 1)  # type: ignore[arg-type]
-    return Dataset("tensors", images, labels.long(), torch.arange(len(labels)), digest, form)
+    return Dataset(f"tensors-{digest[:8]}", images, labels.long(), torch.arange(len(labels)), digest, form)
 
 
 def part(text: str, split: str | None = None) -> str:
@@ -208,7 +208,7 @@ def _read(text: str) -> tuple[registry.Spec, dict]:
     if spec.argument is not None and not takes_path:
         raise UsageError(f"{text}: {spec.name} takes no argument; options are written {spec.name}:split=validation")
     if spec.argument is None and takes_path:
-        raise UsageError(f"{text}: write {spec.name}:PATH")
+        raise UsageError(f"{text!r} names no place: write {spec.name}:PATH")
     options = registry.resolve(LOADERS[spec.name], spec)
     if options["split"] not in SPLITS:
         raise UsageError(f"{text}: a data set takes split=test, split=validation or split=train")

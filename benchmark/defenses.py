@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmark import checkpoints, data, registry
 from benchmark.data import Form
@@ -22,6 +24,10 @@ from purifiers import Defense, Purifier
 if TYPE_CHECKING:
     from benchmark.cell import Cell
     from benchmark.settings import Settings
+
+
+BY_HAND = ("purifier", "classifier")
+"""What the weights of a defense without specs are filed under: the fingerprints of its two modules."""
 
 
 def load(
@@ -67,10 +73,26 @@ def describe(defense: Defense) -> dict[str, Any]:
     holds."""
     if getattr(defense, "as_described", None) == _stamps(defense):
         return defense.described  # type: ignore[return-value]
-    parts = {"purifier": defense.purifier, "classifier": defense.classifier}
-    names = {part: type(module).__name__ for part, module in parts.items()}
+    parts = dict(zip(BY_HAND, (defense.purifier, defense.classifier), strict=True))
+    names = {part: _named(module) for part, module in parts.items()}
     weights = {part: fingerprint(module) for part, module in parts.items()}
     return {**names, "weights": weights, "names": names}
+
+
+def built_by_hand(identity: dict[str, Any]) -> bool:
+    """Whether a run's defense has no specs by which it could be built again."""
+    return all(part in identity["weights"] for part in BY_HAND)
+
+
+def _named(module: nn.Module) -> str:
+    """The class of a module and the numbers and words that its constructor took, written as a spec."""
+    taken = inspect.signature(type(module).__init__).parameters
+    options: dict[str, registry.Value] = {
+        key: value
+        for key, value in vars(module).items()
+        if key in taken and (isinstance(value, bool | int | float) or re.fullmatch(r"[\w.-]+", str(value)))
+    }
+    return str(registry.Spec(type(module).__name__, None, options))
 
 
 def _stamps(defense: Defense) -> list[tuple]:
@@ -87,8 +109,11 @@ def lent(defense: Defense) -> Iterator[None]:
     if not isinstance(defense, Defense):
         raise UsageError(
             f"{type(defense).__name__} is no purifiers.Defense: wrap a purifier and a classifier, any two modules, in "
-            "Defense(purifier, classifier); for a classifier alone, load('identity').purifier purifies nothing"
+            "Defense(purifier, classifier); for a classifier alone take Defense(torch.nn.Identity(), classifier)"
         )
+    for part in BY_HAND:
+        if not isinstance(module := getattr(defense, part), nn.Module):
+            raise UsageError(f"the {part} of a Defense is a torch.nn.Module, got {type(module).__name__}")
     tensors = itertools.chain(defense.parameters(), defense.buffers())
     home = next((tensor.device for tensor in tensors), None)
     try:
@@ -129,6 +154,8 @@ def grid(
 
     pool = settings.examples(dataset)
     roots = (Path(settings.weights),) if settings.weights else ()
+    if combine != "logits" and copies == 1:
+        raise UsageError(f"--combine {combine} would have no effect on one copy: add --copies N")
     lists = []
     for kind, text in (("purifiers", purifiers), ("classifiers", classifiers), ("attacks", attacks)):
         if text == "all":

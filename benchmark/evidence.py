@@ -128,13 +128,14 @@ def common(group: list[dict[str, Any]]) -> set[int]:
 
 
 def protocols(runs: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Runs with records, apart by what judged them: budget, images, precision and protocol version."""
+    """Runs with records, apart by what judged them: images, budget, precision and protocol version."""
     found: dict[tuple, list[dict[str, Any]]] = {}
     for run in runs:
         if run["records"]:
             identity = run["identity"]
             ids = tuple(r["id"] for r in run["records"])
-            found.setdefault((identity["budget"], ids, identity["precision"], identity["protocol"]), []).append(run)
+            facts = (identity[key] for key in ("fingerprint", "budget", "precision", "protocol"))
+            found.setdefault((ids, *facts), []).append(run)
     return list(found.values())
 
 

@@ -31,7 +31,10 @@ class Foreign(Purifier):
         seed = int(noise.uniform("foreign", like=x[:, :1, :1, :1]).double().mul(2**24).sum())
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
             torch.manual_seed(seed)
-            return self.module(x), None
+            images = self.module(x)
+        if not isinstance(images, Tensor):
+            raise TypeError(f"the purifier returned {type(images).__name__}; it has to return images, a tensor like x")
+        return images, None
 
     def finish(self, state: Tensor, context: None) -> Tensor:
         return state

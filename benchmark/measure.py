@@ -55,7 +55,7 @@ def measure(
         for first in range(0, len(images), 250):
             rows = slice(first, first + 250)
             batch = Batch(images.images(rows).to(device), images.labels[rows].to(device))
-            tape = Tape(recipe.seed, "measure", images.ids[rows])
+            tape = Tape(recipe.seed, "measure", images.ids[rows]).to(device)
             with torch.no_grad():
                 losses = module.objectives(batch, tape, **recipe.objective, **aside or {})  # type: ignore[operator]
                 values = {f"objective of {k}": float(v) for k, v in losses.items()}

@@ -121,7 +121,7 @@ def command(run: dict[str, Any]) -> str:
     """The command line that measures a run again."""
     identity, names = run["identity"], run["names"]
     by_hand = [identity[kind] for kind in ("purifier", "classifier") if kind in identity["weights"]]
-    if by_hand or identity["dataset"] == "tensors":
+    if by_hand or identity["dataset"].startswith("tensors-"):
         return f"# built in Python: {', '.join(by_hand) or 'its images'}"
     custom = identity["budget"] == "custom"
     options: dict[str, Any] = {

@@ -190,7 +190,7 @@ def _seconds(cell: Cell, defense: Defense, what: str, request: Request) -> float
     """How long a call takes: the second one, unless the first took so long that what it sets up is lost in it."""
     calls = Calls(cell.rows, PRECISIONS[cell.identity.precision]())
     timed = TIMED.setdefault(defense, {})
-    key = (what, cell.rows, cell.keep)
+    key = (what, str(cell.device), cell.rows, cell.keep)
     if key not in timed:
         timed[key] = stopwatch(calls, request)
         if timed[key] < 5 or cell.settings.compile:

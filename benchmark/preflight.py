@@ -99,8 +99,7 @@ def preflight(
         moved = defense(neighbours, tape[order])[: rows // 2]
     if not logits.isfinite().all():
         return [_check("finite-logits", False, "", "all finite", "look for overflow in the defense")]
-    shares = logits.softmax(1).sum(1), logits.sum(1)
-    probabilities = bool((logits >= 0).all() and torch.allclose(shares[1], torch.ones_like(shares[1]), atol=1e-4))
+    probabilities = bool((logits >= 0).all() and (logits <= 1).all())  # of a softmax, scaled or not, or of sigmoids
     spread = max(float((logits - other).abs().max()), 0.0)
     repeatable = float((logits - again).abs().max())
     position = float((logits[order][: rows // 2] - moved).abs().max())
@@ -110,8 +109,10 @@ def preflight(
     checks = [
         _check("finite-logits", True, "", "all finite", ""),
         _check(
-            "logits-not-probabilities", not probabilities, "", "rows don't sum to 1",
-            "return logits: CE on probabilities has vanishing gradients, and the attack would fail for that reason",
+            "logits-not-probabilities", not probabilities, f"[{logits.min():.3g}, {logits.max():.3g}]",
+            "not all in [0, 1]",
+            "return logits, not what a softmax or sigmoid made of them: CE on probabilities has vanishing gradients, "
+            "and the attack would fail for that reason",
         ),
         _check(
             "range", low >= -1e-6 and high <= 1 + 1e-6, f"[{low:.3g}, {high:.3g}]", "[0, 1]",
@@ -143,6 +144,12 @@ def preflight(
     return checks + _gradient_checks(attacker or defense, view, x[:4], y[:4], Tape(seed, "preflight", ids[:4]))
 
 
+def correct(classifier: nn.Module, x: Tensor, y: Tensor, rows: int) -> int:
+    """How many images a classifier gets right, in calls of so many rows."""
+    with torch.no_grad():
+        return sum(int((classifier(a).argmax(1) == b).sum()) for a, b in zip(x.split(rows), y.split(rows), strict=True))
+
+
 def accuracy_check(classifier: nn.Module, x: Tensor, y: Tensor, expected: float, rows: int) -> Check:
     """Whether a classifier reads what its publisher says: a wrong or damaged checkpoint does not.
 
@@ -154,10 +161,7 @@ def accuracy_check(classifier: nn.Module, x: Tensor, y: Tensor, expected: float,
         expected: its stated clean accuracy, a fraction.
         rows: images per call.
     """
-    with torch.no_grad():
-        right = sum(
-            int((classifier(a).argmax(1) == b).sum()) for a, b in zip(x.split(rows), y.split(rows), strict=True)
-        )
+    right = correct(classifier, x, y, rows)
     least = int(binom.ppf(1e-3, len(x), expected))
     value, threshold = f"{right} of {len(x)} images", f"at least {least} at a stated accuracy of {expected:.1%}"
     if least == 0:

@@ -10,9 +10,10 @@ from PIL import Image, UnidentifiedImageError
 
 from benchmark import checkpoints
 from benchmark.errors import UsageError
+from benchmark.foreign import Foreign
 from benchmark.pictures import deep
 from benchmark.repeatable import make_repeatable
-from purifiers import Tape
+from purifiers import Purifier, Tape
 from purifiers._base import call
 
 
@@ -59,8 +60,12 @@ def purify(
     x = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).view(1, height, width, -1).permute(0, 3, 1, 2)
     make_repeatable(torch.device(device))
     tape = Tape(seed, "purify", torch.zeros(1, dtype=torch.long)).to(device)
+    x = x.contiguous()
+    module = component.module.to(device)
+    if not isinstance(module, Purifier):
+        module = Foreign(module, x.to(device))
     with torch.no_grad():
-        clean = call(component.module.to(device), x.contiguous().to(device), tape).cpu()
+        clean = call(module, x.to(device), tape).cpu()
     if clean.shape != x.shape or not clean.isfinite().all():
         what = f"shape {tuple(clean.shape)}" if clean.shape != x.shape else "values that aren't finite"
         raise UsageError(f"{component.spec} returned {what} for an image of shape {tuple(x.shape)}; check says more")

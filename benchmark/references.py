@@ -93,6 +93,7 @@ def _documents(run: dict[str, Any]) -> list[str]:
             component = registry.described(kind, spec.name, spec.argument)
         except UsageError:
             continue  # another machine's file, or a model of a library: it has no docstring of ours
-        bases = [c for c in inspect.getmro(component) if c.__module__.split(".")[0] in registry.BASES]
+        line = inspect.getmro(component) if inspect.isclass(component) else ()  # a file may name a function
+        bases = [c for c in line if c.__module__.split(".")[0] in registry.BASES]
         found += [inspect.getdoc(c) or "" for c in bases]
     return found

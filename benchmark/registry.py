@@ -17,7 +17,7 @@ import re
 import sys
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
@@ -248,11 +248,23 @@ def resolve(component: Callable, spec: Spec, defaults: Mapping[str, Value] | Non
     chosen: dict[str, Any] = {k: p.default for k, p in known.items()} | dict(defaults or {})
     for key, value in spec.options.items():
         if key not in known:
-            raise UsageError(f"{spec.name}: {unknown('option', key, sorted(known))}")
-        chosen[key] = _typed(value, _hint(component, known[key]), f"{spec.name}: {key}")
+            hint = "; options are keyword-only: write a * before them" if key in _positional(component) else ""
+            raise UsageError(f"{head(spec)}: {unknown('option', key, sorted(known))}{hint}")
+        chosen[key] = _typed(value, _hint(component, known[key]), f"{head(spec)}: {key}")
     if spec.name == "file" and (missing := [k for k, v in chosen.items() if v is inspect.Parameter.empty]):
         raise UsageError(f"{spec}: {missing[0]} has no default; write file:{spec.argument},{missing[0]}=VALUE")
     return chosen
+
+
+def head(spec: Spec) -> str:
+    """A spec without its options; of a file the file and its class."""
+    return str(replace(spec, options={})) if spec.name == "file" else spec.name
+
+
+def _positional(component: Callable) -> set[str]:
+    """The parameters of a constructor, or of a function, that no spec sets."""
+    parameters = (p for c in _constructors(component) for p in inspect.signature(c).parameters.values())
+    return {p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD} - {"self"}
 
 
 def unknown(kind: str, name: str, known: list[str]) -> str:

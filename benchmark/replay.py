@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmark import checkpoints, data
+from benchmark.defenses import built_by_hand
 from benchmark.errors import UsageError
 from benchmark.results import reading
 from purifiers import Purifier, Tape
@@ -63,6 +64,8 @@ def replay(
         UsageError: if the run has no adversarial images at hand, fewer than ``count``, or other weights or images.
     """
     identity, folder = run["identity"], Path(run["folder"])
+    if built_by_hand(identity):
+        raise UsageError(f"{folder}: {identity['purifier']} was built in Python: no command can purify with it again")
     records = run["records"][:count]
     path = folder / "adversarial.npy"
     if not records:

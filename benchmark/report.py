@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmark import evidence, stats
+from benchmark import evidence, registry, stats
 from benchmark.errors import UsageError
 from benchmark.evidence import JOIN
 from benchmark.grades import Grade, grades
@@ -153,7 +153,8 @@ def matched(runs: Iterable[dict[str, Any]], targets: Sequence[float]) -> list[di
     found = []
     families: dict[tuple, list[dict[str, Any]]] = {}
     for one in rows([run for run in runs if run["records"]]):
-        name = one["purifier"].split(":")[0]
+        parsed = registry.parse(one["purifier"])
+        name = f"file:{parsed.argument}" if parsed.name == "file" else one["purifier"].split(":")[0]
         families.setdefault((one["dataset"], name, one["classifier"]), []).append(one)
     for (_, name, _), settings in families.items():
         tried = len({one["purifier"] for one in settings})

@@ -120,6 +120,15 @@ class Run:
                 replace(path, raw[: raw.rfind(b"\n") + 1].decode())
         return _records(self.folder)
 
+    def logits(self, key: str) -> dict[int, np.ndarray]:
+        """The logits of some draws by example, as far as they are at hand: "clean", "adv", "select" or "random"."""
+        found: dict[int, np.ndarray] = {}
+        for path in (self.folder / "logits.npz", *sorted((self.folder / "logits").glob("*.npz"))):
+            if path.is_file():
+                with reading(path), np.load(path) as piece:
+                    found.update(zip(piece["id"].tolist(), piece[key], strict=True))
+        return found
+
     def write(self, rows: list[int], records: list[dict[str, Any]], x_adv: np.ndarray, logits: dict) -> None:
         """Finish the examples at positions ``rows``: images and logits first, then their lines, flushed to disk."""
         with writing(self.folder):

@@ -24,7 +24,7 @@ def samples(purifier: Purifier, form: Form, path: Path, *, count: int = 64, seed
     for ids in torch.arange(count).split(AT_ONCE):
         like = torch.zeros(len(ids), *form.shape, device=device)
         with torch.no_grad():
-            found = purifier.sample(like, Tape(seed, "sample", ids))
+            found = purifier.sample(like, Tape(seed, "sample", ids).to(device))
         if found is None:
             return None
         drawn.append(found.cpu())

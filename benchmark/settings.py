@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 
@@ -55,8 +56,20 @@ class Settings:
     mixed_environment: bool = False
     stop_after: float | None = None
     quiet: bool = False
+    name: str | None = None
+    """What tables call the purifier; its spec, or its class and options, if None. No run is another by it."""
 
     def __post_init__(self) -> None:
+        for key, hint in get_type_hints(type(self)).items():
+            value: Any = getattr(self, key)
+            kinds = get_args(hint) or (hint,)
+            if int in kinds and isinstance(value, Integral) and value is not True and value is not False:
+                setattr(self, key, int(value))  # numpy's
+            elif not (isinstance(value, Real) and float in kinds) and not isinstance(value, kinds):
+                wanted = " or ".join(kind.__name__.replace("NoneType", "None") for kind in kinds)
+                raise UsageError(f"{key}={value!r}: expected {wanted}")
+        if self.stop_after is not None and not self.stop_after >= 0:
+            raise UsageError(f"--stop-after {self.stop_after:g}: expected seconds, 0 or more")
         self.device = device_named(self.device)
 
     @property
@@ -87,5 +100,7 @@ class Settings:
             source = data.load(source, max(self.images, KNOWN), data_dir=self.data_dir, offline=self.offline)
         elif not isinstance(source, data.Dataset):
             source = data.from_arrays(source)
+            if self.n is None:  # the caller's own, which may be few
+                self.n = min(self.images, len(source))
         source.first(self.images)
         return source

@@ -8,7 +8,7 @@ import os
 import time
 from dataclasses import asdict
 from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from attacks._precision import set_tf32
 from benchmark import checkpoints, data, registry
 from benchmark.errors import UsageError
 from benchmark.measure import MOST, SPLITS, measure
@@ -26,6 +27,8 @@ from purifiers import Batch, Tape
 
 SAVE_EVERY = 60.0
 """Seconds between saves of a training under way."""
+SHOWN_EVERY = 20
+"""Steps between losses on the progress bar: to read one waits for the device."""
 
 
 def train(
@@ -71,6 +74,7 @@ def train(
     material = _material(dataset, finish, limit, data_dir)
     images = material.images
     torch.manual_seed(recipe.seed)
+    set_tf32(False, False)  # what a card measures is what a run will compute
     component = registry.load(recipe.kind, recipe.component)
     classes = (images.classes,) if recipe.kind == "classifiers" else ()
     parts = component.parts(images.shape, recipe.size, *classes)  # type: ignore[attr-defined]
@@ -93,7 +97,7 @@ def train(
     for part in parts.keys() - kept.keys():
         checkpoints.halve(parts[part])
     measured = measure(module, recipe, material.held_out, aside, out, limit=limit)
-    files = kept | checkpoints.save(folder, {k: v.cpu() for k, v in parts.items() if k not in kept})
+    files = kept | checkpoints.save(folder, {k: v for k, v in parts.items() if k not in kept})
     files = {k: files[k] for k in parts}
     card = {
         "kind": recipe.kind,
@@ -282,7 +286,8 @@ def _fit(
     """
     from diffusers.training_utils import EMAModel
 
-    images, last = material.images, material.last
+    images = material.images.to(device)
+    last = None if material.last is None else material.last.to(device)
     total = _steps(recipe, images)
     if not total:
         raise UsageError(f"{len(images):,} training images make no batch of {recipe.batch_size}")
@@ -295,7 +300,7 @@ def _fit(
     schedules = {
         k: torch.optim.lr_scheduler.LambdaLR(o, lambda step: _one_cycle(step / total)) for k, o in optimisers.items()
     }
-    ema = EMAModel(module.parameters(), decay=recipe.ema)
+    ema = EMAModel(module.parameters(), decay=recipe.ema, foreach=True)
     stateful: dict[str, Any] = {"module": module, "ema": ema} | {f"critic {k}": v for k, v in critics.items()}
     stateful |= {f"optimiser {k}": o for k, o in optimisers.items()} | {f"lr {k}": s for k, s in schedules.items()}
     first = skipped = 0
@@ -317,7 +322,7 @@ def _fit(
     began = last_save = time.monotonic()
     progress = tqdm(range(first, end), initial=first, total=total, unit="it", desc=state_file.parent.name)
     progress.mininterval = 0.1 if os.isatty(2) else 30
-    mean = {k: 0.0 for k in keys}
+    mean: dict[str, Any] = {k: 0.0 for k in keys}  # on the device: to read a loss waits for it
     for step in progress:
         shown, since = (images, 0) if last is None or step < until else (last, until)
         batch, tape = _batch(shown, recipe, step, total, device, since)
@@ -334,9 +339,10 @@ def _fit(
             else:
                 skipped += 1
             schedules[k].step()
-            mean[k] += (loss.item() - mean[k]) * max(0.01, 1 / (step - first + 1))
+            mean[k] += (loss.detach() - mean[k]) * max(0.01, 1 / (step - first + 1))
         ema.step(module.parameters())
-        progress.set_postfix({k: f"{v:.4g}" for k, v in mean.items()}, refresh=False)
+        if step % SHOWN_EVERY == 0:
+            progress.set_postfix({k: f"{float(v):.4g}" for k, v in mean.items()}, refresh=False)
         if time.monotonic() - last_save > SAVE_EVERY or step + 1 == end:
             saved = {k: part.state_dict() for k, part in stateful.items()}
             seconds = (time.monotonic() - began) / (step + 1 - first)
@@ -369,13 +375,18 @@ def _batch(
     """The batch of a step and its noise, both functions of (seed, step) alone; of images used since step ``began``."""
     size = min(recipe.batch_size, len(images))
     epoch, position = divmod(step - began, len(images) // size)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch))
-    rows = order[position * size : (position + 1) * size]
+    rows = _order(len(images), recipe.seed * 1_000_003 + epoch)[position * size : (position + 1) * size].to(device)
     tape = Tape(recipe.seed, "finish" if began else "train", images.ids[rows], torch.full_like(rows, epoch))
     x = images.images(rows)
     for name in recipe.augment:
         x = AUGMENT[name](x, tape.fold("augment", name))
-    return Batch(x.to(device), images.labels[rows].to(device), step / total), tape
+    return Batch(x, images.labels[rows], step / total), tape
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int) -> Tensor:
+    """The order of an epoch's images."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def _flip(x: Tensor, tape: Tape) -> Tensor:
@@ -387,8 +398,9 @@ def _crop(x: Tensor, tape: Tape, pad: int = 2) -> Tensor:
     """Shift by up to ``pad`` pixels each way, black moving in."""
     shift = (tape.uniform("crop", like=x[:, 0, :2, 0]) * (2 * pad + 1)).long()
     padded = nn.functional.pad(x, (pad,) * 4)
-    h, w = x.shape[-2:]
-    return torch.stack([p[:, i : i + h, j : j + w] for p, (i, j) in zip(padded, shift.tolist(), strict=True)])
+    down, right = (shift[:, k, None] + torch.arange(side, device=x.device) for k, side in enumerate(x.shape[-2:]))
+    image = torch.arange(len(x), device=x.device)[:, None, None]
+    return padded[image, :, down[:, :, None], right[:, None, :]].movedim(-1, 1).contiguous()
 
 
 AUGMENT = {"flip": _flip, "crop": _crop}

@@ -74,6 +74,10 @@ class Judge:
         ]
         return Judged(records, x_adv, logits)
 
+    def clean(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Logits of the draws at unperturbed images, shape (B, draws, K)."""
+        return self._draws(x, ids, "clean", self.cell.draws)
+
     def share(self, candidates: Tensor, y: Tensor, ids: Tensor, draws: int) -> Tensor:
         """The share of correct ``select`` draws per image, of the candidate that other draws found the strongest."""
         version, _ = self._chosen(candidates, y, ids)
@@ -112,7 +116,7 @@ class Judge:
         """Draws at x or around it: keyed noise makes them the same in every cell of a defense, so they are kept."""
         cell = self.cell
         threat = (cell.threat.norm, cell.identity.eps) if control else ()
-        key = (cell.identity.fingerprint, cell.settings.seed, cell.rows, role, *threat)
+        key = (str(x.device), cell.identity.fingerprint, cell.settings.seed, cell.rows, role, *threat)
         kept = AT_X.setdefault(cell.defense, {}).setdefault(key, {})
         missing = [k for k, i in enumerate(ids.tolist()) if i not in kept or len(kept[i]) < count]
         if missing:

@@ -69,6 +69,11 @@ def rebuilt(run: dict[str, Any], settings: Settings, dataset: str | None = None)
         UsageError: if something that it names can't be built here.
     """
     identity = run["identity"]
+    if defenses.built_by_hand(identity):
+        raise UsageError(
+            f"{identity['purifier']} was built in Python, so no command can build it again: evaluate it again with "
+            "another out, and hold the records against these"
+        )
     n = min(settings.n or BLOCK, len(run["records"]))
     known = dataclasses.replace(
         settings, n=n, norm=identity["norm"], eps=identity["eps"], view=identity["view"], attacker=identity["attacker"],
@@ -182,8 +187,12 @@ def _again(run: dict[str, Any], cell: Cell) -> list[Check]:
     changed = [r["id"] for r in old if any(r.get(key) != new[r["id"]].get(key) for key in AGAIN)]
     here = environment(cell.settings.device)
     moved = [key for key in MACHINE if here[key] != run["environment"].get(key)]
-    status = "pass" if not changed else "warn" if moved else "fail"
-    advice = f"{', '.join(moved)} differ from the run's: bits may" if moved else "the run can't be repeated: ask why"
+    status = "pass" if not changed else "warn" if moved or cell.device.type == "cuda" else "fail"
+    advice = "the run can't be repeated: ask why"
+    if cell.device.type == "cuda":
+        advice = "some backward passes have no repeatable kernel on a GPU"
+    if moved:
+        advice = f"{', '.join(moved)} differ from the run's: bits may"
     value, wanted = f"{len(changed)} of {len(old)} images differ", f"0 of {len(old)}"
     checks = [Check("attacked-again", status, value, wanted, advice)]
     if changed:

@@ -70,7 +70,7 @@ class JPEG(Purifier):
         blocks = basis.T @ (ROUND[self.through](state) * self._steps(state)) @ basis
         z = blocks.transpose(-3, -2).flatten(-4, -3).flatten(-2)[..., : context[-2], : context[-1]] + 128
         if context[1] == 3:
-            back = torch.linalg.inv(z.new_tensor(TO_YCBCR))
+            back = torch.linalg.inv(torch.tensor(TO_YCBCR, dtype=torch.float64)).to(z)  # bfloat16 has no inverse
             z = torch.einsum("dc,bchw->bdhw", back, z - z.new_tensor([0, 128, 128])[:, None, None])
         return (z / 255).clamp(0, 1)
 

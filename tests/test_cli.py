@@ -150,6 +150,12 @@ def test_bad_grammar_is_bad_usage(capsys, arguments):
         (["--n-examples", "-3"], "at least one image"),
         (["--draws", "0"], "at least one draw"),
         (["--seeds", "0,one"], "expected whole numbers with commas"),
+        (["--seeds", "0,1", "--seed", "3"], "--seed 3 and --seeds 0,1: give one of them"),
+        (["--combine", "vote"], "--combine vote would have no effect on one copy: add --copies N"),
+        (["--stop-after", "-5"], "--stop-after -5: expected seconds, 0 or more"),
+        (["--max-hours", "-1"], "--max-hours -1: expected hours, 0 or more"),
+        (["--eps", "8/255,8"], "write 8/255"),
+        (["--dataset", "parquet:"], "'parquet:' names no place: write parquet:PATH"),
         (["--batch-size", "33"], "multiples of 32"),
         (["--batch-size", "0"], "multiples of 32"),
         (["--copies", "0"], "copies must be at least 1, got 0"),
@@ -184,6 +190,11 @@ def test_a_value_out_of_range_is_named_with_what_is_expected(run, tmp_path, caps
 def test_a_slip_in_the_last_cell_shows_before_the_first_runs(run, tmp_path, capsys, arguments):
     assert run(*arguments) == cli.USAGE
     assert not (tmp_path / "out").exists()
+
+
+def test_radii_may_be_a_list(run, tmp_path):
+    assert run("--eps", "1/255,2/255", "--eps", "0.1") == cli.DONE
+    assert {one["identity"]["eps"] for one in find_runs([tmp_path / "out"])} == {"1/255", "2/255", "0.1"}
 
 
 def test_an_l2_radius_may_exceed_one(run):
@@ -564,3 +575,82 @@ def test_help_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "--n-examples" in done.stdout
+
+
+OWN = """
+import torch
+from torch import nn
+
+
+class Late(nn.Module):
+    def __init__(self, sigma=0.1):
+        super().__init__()
+        self.sigma = sigma
+
+    def forward(self, x):
+        return (x + self.sigma * torch.randn_like(x)).clamp(0, 1)
+
+
+class Other(Late):
+    def __init__(self, *, sigma: float = 0.1):
+        super().__init__(sigma)
+
+
+class Tuple(nn.Module):
+    def forward(self, x):
+        return (x.flatten(1)[:, :10],)
+
+
+class Nothing(nn.Module):
+    def forward(self, x):
+        pass
+
+
+def linear():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 10, bias=False))
+"""
+
+
+def test_what_is_of_ones_own_is_named_by_file_and_class(run, tmp_path, capsys):
+    (path := tmp_path / "own.py").write_text(OWN)
+    assert run("--purifier", f"file:{path}:Late,sigma=0.3") == cli.USAGE
+    said = capsys.readouterr().err
+    assert f"file:{path}:Late: unknown option 'sigma'" in said and "options are keyword-only: write a *" in said
+    assert cli.main(["check", "--classifier", f"file:{path}:Tuple"]) == cli.FAILED
+    assert "FAIL classes" in (said := capsys.readouterr().out) and "return logits, a tensor of shape" in said
+    assert cli.main(["check", "--purifier", f"file:{path}:Nothing"]) == cli.FAILED
+    assert "the purifier returned NoneType; it has to return images" in capsys.readouterr().out
+    assert cli.main(["check", "--classifier", f"file:{path}:linear"]) in (cli.DONE, cli.FAILED)
+    assert "of 64 images, and neither a card nor a leaderboard says how many to expect" in capsys.readouterr().out
+    assert run(
+        "--classifier", f"file:{path}:linear", "--purifier", f"file:{path}:Other,sigma={{0.05,0.2}}",
+        "--no-preflight") == cli.DONE  # fmt: skip
+    capsys.readouterr()
+    assert cli.main(["report", str(tmp_path / "out"), "--match", "0.5"]) == cli.DONE
+    assert f"| file:{path}:Other |" in capsys.readouterr().out
+    assert cli.main(["report", str(tmp_path / "out"), "--bibtex"]) == cli.DONE
+
+
+def test_a_purifier_with_numbers_of_its_own_is_seeded_too(tmp_path, capsys):
+    from PIL import Image
+
+    (path := tmp_path / "own.py").write_text(OWN)
+    Image.new("L", (28, 28), 128).save(tmp_path / "grey.png")
+    made = []
+    for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        assert cli.main(["purify", str(tmp_path / "grey.png"), "--purifier", f"file:{path}:Other", "--seed", seed,
+                         "--out", str(tmp_path / f"{name}.png")]) == cli.DONE  # fmt: skip
+        made.append((tmp_path / f"{name}.png").read_bytes())
+    assert made[0] == made[1] != made[2]
+
+
+def test_runs_of_defenses_built_in_python_say_why_no_command_repeats_them(tmp_path, capsys):
+    from benchmark import evaluate, load
+
+    defense = load("identity")
+    defense.purifier.extra = 3
+    evaluate(defense, attack="pgd:steps=1", n=2, budget="quick", out=tmp_path, quiet=True, device="cpu")
+    for command in (["verify"], ["diagnose"], ["report", "--gallery", str(tmp_path / "g.png")]):
+        assert cli.main([command[0], str(tmp_path), *command[1:]]) in (cli.USAGE, cli.FAILED)
+        said = capsys.readouterr()
+        assert "was built in Python" in said.out + said.err

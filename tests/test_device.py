@@ -237,6 +237,25 @@ def test_a_run_its_verification_and_samples(tmp_path, gpu, capsys, precision):
         assert cli.main(["sample", "--purifier", "vae", "--count", "4", "--out", str(tmp_path / "s.png"), *there]) == 0
 
 
+@needs_full
+def test_a_training_on_other_weights_ends_there_as_here(tmp_path, tiny):  # noqa: F811
+    """Parts that came trained stay where they are while the others are saved; samples then need both."""
+    for where in ("cpu", "cuda"):
+        with pretend.device() if where == "cuda" else nullcontext():
+            for name in ("vae-latent", "latent"):
+                train(name, DATASET, tmp_path / where, device=where, epochs=1, limit=64)
+        made = {path.name for path in (tmp_path / where / DATASET / "latent").iterdir()}
+        assert {"card.json", "samples.png"} <= made
+    here, there = (weights(tmp_path / where / DATASET / "latent") for where in ("cpu", "cuda"))
+    assert here == there
+
+
+def test_a_defense_that_is_on_the_gpu_already_is_taken_as_it_is(gpu, tmp_path, tiny_images):
+    defense = Defense(Foreign(0.1), classifier().float()).to("cuda")
+    evaluate(defense, tiny_images, "pgd:steps=2,eot=2", out=tmp_path, **SETTINGS)
+    assert {p.device.type for p in defense.parameters()} == {"cuda"}
+
+
 def test_where_there_is_a_gpu_it_is_used_and_the_defense_comes_back(gpu, tmp_path, tiny_images):
     defense = short()
     result = evaluate(defense, tiny_images, "pgd:steps=2,eot=2", out=tmp_path, **SETTINGS)

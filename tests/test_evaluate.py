@@ -627,6 +627,97 @@ def test_a_model_that_is_no_defense_is_said(tmp_path):
             evaluate(model, gaussian(4), "pgd:steps=1", eps="1/64", n=4, out=tmp_path)
 
 
+class Loud(nn.Module):
+    """An own purifier; what it does stands in a file that it reads, which no fingerprint sees."""
+
+    def __init__(self, path, gain=1.0, kind="plain"):
+        super().__init__()
+        self.path, self.gain, self.kind = path, gain, kind
+
+    def forward(self, x):
+        return (0.5 + self.gain * float(self.path.read_text()) * (x - 0.5)).clamp(0, 1)
+
+
+@pytest.mark.parametrize("logits", [True, False])
+def test_a_number_on_disk_is_not_given_for_a_defense_that_says_something_else(tmp_path, logits):
+    (path := tmp_path / "gain").write_text("1.0")
+    settings = {"attack": "pgd:steps=1", "eps": "1/64", "n": 8, "out": tmp_path / "out", "quiet": True}
+    result = evaluate(Defense(Loud(path), TwoLogits()), gaussian(8), **settings)
+    if not logits:  # as of a run that came with its records alone
+        (result.folder / "logits.npz").unlink()
+    assert evaluate(Defense(Loud(path), TwoLogits()), gaussian(8), **settings).records == result.records
+    path.write_text("-1.0")
+    with pytest.raises(UsageError, match="something was changed that its fingerprint doesn't see"):
+        evaluate(Defense(Loud(path), TwoLogits()), gaussian(8), **settings)
+    path.write_text("1.05")
+    if logits:
+        with pytest.raises(UsageError, match="of 8 recorded images the defense says something else"):
+            evaluate(Defense(Loud(path), TwoLogits()), gaussian(8), **settings)
+
+
+def test_defenses_of_other_options_have_other_names(tmp_path):
+    (path := tmp_path / "gain").write_text("1.0")
+    settings = {"attack": "pgd:steps=1", "eps": "1/64", "n": 8, "out": tmp_path / "out", "quiet": True}
+    rows = [
+        evaluate(Defense(Loud(path, gain), TwoLogits()), gaussian(8), name=name, **settings).rows[0]
+        for gain, name in ((1.0, None), (0.5, None), (0.25, "mine"))
+    ]
+    assert [row["purifier"] for row in rows] == ["Loud:gain=1.0,kind=plain", "Loud:gain=0.5,kind=plain", "mine"]
+
+
+def test_adversarial_images_are_those_of_the_records(tmp_path):
+    x, y = gaussian(40)
+    result = evaluate(
+        Defense(Identity(), TwoLogits()), (x, y), "pgd:steps=2", eps="1/64", n=40, out=tmp_path, quiet=True
+    )
+    distance = NORMS["Linf"](Fraction(1, 64)).distance(result.adversarial, x)
+    assert distance.tolist() == [r["distance"] for r in result.records]
+
+
+def test_own_images_that_are_few_are_all_attacked(tmp_path):
+    result = evaluate(
+        Defense(Identity(), TwoLogits()), gaussian(5), "pgd:steps=1", eps="1/64", out=tmp_path, quiet=True
+    )
+    assert len(result.records) == 5
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({"seed": "a"}, "seed='a': expected int"), ({"n": "4"}, "n='4': expected int or None"),
+    ({"n": 4.5}, "n=4.5: expected int or None"), ({"eps": float("nan")}, "--eps nan: expected a number"),
+    ({"norm": 2.0}, "norm=2.0: expected str or None"), ({"stop_after": "soon"}, "stop_after='soon': expected float"),
+    ({"stop_after": -1}, "--stop-after -1: expected seconds, 0 or more"), ({"epss": 1}, "did you mean eps"),
+    ({"quiet": 1}, "quiet=1: expected bool"),
+], ids=str)  # fmt: skip
+def test_a_setting_of_another_type_is_said(tmp_path, settings, said):
+    with pytest.raises(UsageError, match=re.escape(said)):
+        evaluate(Defense(Identity(), TwoLogits()), gaussian(4), "pgd:steps=1",
+                 **{"eps": "1/64", "n": 4, "out": tmp_path} | settings)  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    evaluate(Defense(Identity(), TwoLogits()), gaussian(4), "pgd:steps=1", eps=np.float64(0.1), n=np.int64(4),
+             seed=np.int32(2), out=tmp_path, quiet=True)  # fmt: skip
+    (run,) = find_runs([tmp_path])
+    assert run["identity"]["seed"] == 2 and run["n"] == 4 and run["identity"]["eps"] == "0.1"
+
+
+@pytest.mark.parametrize("squash", [torch.sigmoid, lambda z: 0.9 * z.softmax(1), lambda z: z.softmax(1)])
+def test_probabilities_for_logits_are_refused(tmp_path, squash):
+    with pytest.raises(RunError, match="return logits, not what a softmax or sigmoid made of them"):
+        evaluate(Defense(Identity(), nn.Sequential(TwoLogits(), Says(squash))), gaussian(8), "pgd:steps=1",
+                 eps="1/64", n=8, out=tmp_path, quiet=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["purifier", "classifier"])
+def test_a_part_of_a_defense_that_is_no_module_is_said(tmp_path, part):
+    defense = Defense(Identity(), TwoLogits())
+    delattr(defense, part)
+    setattr(defense, part, lambda x: x)
+    with pytest.raises(UsageError, match=f"the {part} of a Defense is a torch.nn.Module, got function"):
+        evaluate(defense, gaussian(4), "pgd:steps=1", eps="1/64", n=4, out=tmp_path)
+
+
 def test_who_asks_for_fewer_images_gets_those(tmp_path):
     settings = {"attack": "pgd:steps=1", "eps": "1/64", "out": tmp_path, "quiet": True}
     whole = evaluate(Defense(Identity(), TwoLogits()), gaussian(8), n=8, **settings)

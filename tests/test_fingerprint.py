@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import subprocess
 import sys
 from fractions import Fraction
@@ -53,8 +54,30 @@ def test_what_a_module_holds_decides_its_fingerprint(first, second):
 
 
 SCRIPT = """
+import argparse
+import dataclasses
 import logging
+import types
+
 import torch
+
+import beside
+
+OPTIONS = argparse.Namespace(gain={gain})
+LOOSE = types.SimpleNamespace(gain={loose})
+
+
+@dataclasses.dataclass
+class Told:
+    gain: float
+
+
+TOLD = Told({told})
+
+
+class Config:
+    gain = {config}
+
 
 AMOUNT = {amount}
 TABLE = torch.tensor([{entry}])
@@ -76,20 +99,25 @@ class Base(torch.nn.Module):
 
 
 class Smooth(Base):
+    own = {own}
+
     def forward(self, x):
         LOG.debug("seen")
-        return NET(TABLE * amount() * self.moved(x)) + self.unused
+        gain = OPTIONS.gain * LOOSE.gain * TOLD.gain * Config.gain * beside.GAIN * self.own
+        return gain * NET(TABLE * amount() * self.moved(x)) + self.unused
 
 
 NET.owner = [Smooth]
 again = Smooth()
 """
-USUAL = {"amount": 0.1, "entry": 1.0, "unused": 0, "weight": 2.0, "factor": 3, "shift": 0.0}
+USUAL = {"amount": 0.1, "entry": 1.0, "unused": 0, "weight": 2.0, "factor": 3, "shift": 0.0, "gain": 1,
+         "loose": 1, "told": 1, "config": 1, "own": 1, "beside": 1}  # fmt: skip
 
 
 def written(folder: Path, **changed) -> Path:
     path = folder / "script.py"
     path.write_text(SCRIPT.format(**USUAL | changed))
+    (folder / "beside.py").write_text(f"GAIN = {(USUAL | changed)['beside']}\n")
     return path
 
 
@@ -101,17 +129,18 @@ def in_another_process(path: Path) -> str:
 
 def here(path: Path, monkeypatch) -> str:
     monkeypatch.syspath_prepend(path.parent)
-    sys.modules.pop(path.stem, None)
-    module = __import__(path.stem)
+    importlib.invalidate_caches()
+    module = importlib.import_module(path.stem)
     try:
         return fingerprint(module.Smooth())
     finally:
-        del sys.modules[path.stem]
+        del sys.modules[path.stem], sys.modules["beside"]
 
 
 @pytest.mark.parametrize("name, value, moves", [
     ("amount", 0.2, True), ("entry", 5.0, True), ("weight", 7.0, True), ("factor", 4, True), ("shift", 0.5, True),
-    ("unused", 1, False),
+    ("gain", 2, True), ("loose", 2, True), ("told", 2, True), ("config", 2, True), ("own", 2, True),
+    ("beside", 2, True), ("unused", 1, False),
 ])  # fmt: skip
 def test_what_a_module_reaches_by_a_global_name_decides_it_too(tmp_path, monkeypatch, name, value, moves):
     before, after = tmp_path / "before", tmp_path / "after"
@@ -129,3 +158,14 @@ def test_modules_that_know_each_other_end(monkeypatch):
     one, other = Scaled(0, grown), Scaled(0, grown)
     one.held, other.held = [other], [one]
     assert len(fingerprint(one)) == 64
+
+
+def test_an_attribute_set_on_a_class_and_code_without_a_file_count(monkeypatch):
+    before = fingerprint(Scaled(0, grown))
+    monkeypatch.setattr(Scaled, "gain", 2.0, raising=False)
+    assert fingerprint(Scaled(0, grown)) != before
+    typed = []
+    for gain in (0.5, 0.9):
+        exec(f"class Typed(Module):\n    def forward(self, x): return {gain} * x", space := {"Module": nn.Module})
+        typed.append(fingerprint(space["Typed"]()))
+    assert typed[0] != typed[1]

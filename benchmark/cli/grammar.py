@@ -223,7 +223,10 @@ def _what(sub: argparse.ArgumentParser) -> None:
     threat = sub.add_argument_group("threat and attacker")
     threat.add_argument("--norm", help="Linf, L2 or StAdv (the attack's own: Linf, but for stadv)")
     threat.add_argument(
-        "--eps", action="append", metavar="RADIUS", help="radius in [0, 1] pixel units, e.g. 16/255; may be repeated"
+        "--eps",
+        action="append",
+        metavar="RADIUS",
+        help="radius in [0, 1] pixel units, e.g. 16/255 or 0.1,16/255",
     )
     threat.add_argument(
         "--view",

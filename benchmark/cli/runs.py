@@ -44,7 +44,8 @@ def cells_of(arguments: argparse.Namespace, settings: Any = None) -> Iterator[An
 
     views = [view for item in registry.expand(arguments.view) for view in registry.split(item)]
     return grid(
-        arguments.purifier, arguments.classifier, arguments.attack, arguments.dataset, arguments.eps or [None],
+        arguments.purifier, arguments.classifier, arguments.attack, arguments.dataset,
+        [eps for text in arguments.eps for eps in text.split(",")] if arguments.eps else [None],
         settings or settings_of(arguments), arguments.copies, arguments.combine, _seeds(arguments), views,
     )  # fmt: skip
 
@@ -53,6 +54,8 @@ def _seeds(arguments: argparse.Namespace) -> list[int]:
     """The seeds of a command line, each once."""
     if arguments.seeds is None:
         return [arguments.seed]
+    if arguments.seed:
+        raise UsageError(f"--seed {arguments.seed} and --seeds {arguments.seeds}: give one of them")
     try:
         return list(dict.fromkeys(int(word) for word in arguments.seeds.split(",")))
     except ValueError:
@@ -126,6 +129,8 @@ def _agree(hours: float, arguments: argparse.Namespace, device: str) -> None:
     from benchmark.plan import duration
 
     most = arguments.max_hours
+    if most is not None and not most >= 0:
+        raise UsageError(f"--max-hours {most:g}: expected hours, 0 or more")
     if most is None:
         most = 8.0 if device == "cpu" else float("inf")
     if not hours <= most and not arguments.yes:
