@@ -56,7 +56,9 @@ def _module(module: nn.Module, memo: Memo) -> str:
     """A module, its parts, their classes and what they hold."""
     found = []
     for name, child in module.named_modules():
-        held = {k: v for k, v in vars(child).items() if k not in BOOKKEEPING}
+        held = {k: v for k, v in vars(child).items() if k not in BOOKKEEPING and "_hooks" not in k}
+        hooks = [f for k, v in vars(child).items() if "_hooks" in k and isinstance(v, dict) for f in v.values()]
+        held |= {"hooks": [_source(f) if isinstance(f, FunctionType) else _kind(f) for f in hooks]}  # they may count
         found.append(f"{name} {_kind(child)} {_made_by(child, memo)} {_told(held, memo)}")
     return " ".join(found)
 

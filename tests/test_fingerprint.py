@@ -154,6 +154,14 @@ def test_it_is_the_same_in_another_process(tmp_path, monkeypatch):
     assert in_another_process(path) == here(path, monkeypatch)
 
 
+def test_a_hook_that_counts_changes_nothing_and_another_one_does():
+    seen, module = [], Scaled(0, grown)
+    module.register_forward_hook(lambda *given: seen.append(1))
+    before = fingerprint(module)
+    module(torch.zeros(1))
+    assert seen and fingerprint(module) == before != fingerprint(Scaled(0, grown))
+
+
 def test_modules_that_know_each_other_end(monkeypatch):
     one, other = Scaled(0, grown), Scaled(0, grown)
     one.held, other.held = [other], [one]
