@@ -154,7 +154,7 @@ def grid(
 
     pool = settings.examples(dataset)
     roots = (Path(settings.weights),) if settings.weights else ()
-    if combine != "logits" and copies == 1:
+    if combine in ("probabilities", "vote") and copies == 1:
         raise UsageError(f"--combine {combine} would have no effect on one copy: add --copies N")
     lists = []
     for kind, text in (("purifiers", purifiers), ("classifiers", classifiers), ("attacks", attacks)):
