@@ -54,6 +54,8 @@ def verify(run: dict[str, Any], settings: Settings, *, dataset: str | None = Non
         cell = rebuilt(run, settings, dataset)
     except (UsageError, RunError) as error:
         advice = "say where things are: --dataset, --weights, --data-dir"
+        if defenses.built_by_hand(run["identity"]):
+            advice = "evaluate it again with another out, and hold the records against these"
         return [*checks, _adversarial(run, None), Check("defense", "fail", str(error), "can be built here", advice)]
     checks.append(_adversarial(run, cell))
     checks += [_defense(run, cell), _labels(run, cell.data)]
@@ -71,8 +73,7 @@ def rebuilt(run: dict[str, Any], settings: Settings, dataset: str | None = None)
     identity = run["identity"]
     if defenses.built_by_hand(identity):
         raise UsageError(
-            f"{identity['purifier']} was built in Python, so no command can build it again: evaluate it again with "
-            "another out, and hold the records against these"
+            f"{identity['purifier']} + {identity['classifier']} was built in Python: no command can build it again"
         )
     n = min(settings.n or BLOCK, len(run["records"]))
     known = dataclasses.replace(

@@ -194,8 +194,8 @@ class Defense(nn.Module):
     """f∘g: purify, then classify; the thing that is attacked. Parameters are frozen and modes set to eval.
 
     Args:
-        purifier: g; any module images → images. One that isn't a ``Purifier`` may draw
-            from torch's global generator, which evaluations seed: its runs are marked ``noise: global``.
+        purifier: g; any module images → images. One that isn't a ``Purifier`` may draw from torch's global
+            generator, which evaluations seed: its runs are marked ``noise: global``.
         classifier: f; any module images in [0, 1] → logits.
         copies: purified copies per image whose outputs are combined; part of the defense, not of the verdict.
         combine: what is averaged over the copies: "logits", "probabilities" (their log is returned), or "vote"
