@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import numpy as np
 
@@ -15,16 +15,21 @@ ESCAPES = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "×": r"$\times$", "–": "--", "·": r"$\cdot$",
     "∘": r"$\circ$", "±": r"$\pm$", "…": r"\ldots{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "†": r"$^\dagger$",
 }  # fmt: skip
 """What LaTeX would misread."""
 BREAKS = re.compile("([:,=])(?=[^ ])")
 """Where a spec may break."""
-LONG = 30
-"""Rows that a page holds beside a caption and a note."""
-WIDTHS = (0.185, 0.08, 0.19, 0.13, 0.165, 0.175)
-"""Of the columns of a table that breaks over pages, by the width of its lines."""
-WITHHELD = r"$^\dagger$"
+MARKUP = re.compile(r"\\[a-z]+|[{}$\\]")
+"""What LaTeX doesn't print of an escaped text."""
+SHORT, LETTER = 20, 0.011
+"""Letters of a text that needs no second line, such as an interval; a letter's share of a line."""
+LONG, NOTED = 40, 100
+"""Lines that a page holds of rows and of the note below them; letters in a line of the note."""
+WITHHELD = "†"
 """The mark of a number that its grade withholds."""
+PACKAGES = r"% \usepackage{array,booktabs,graphicx,longtable}"
+"""What the tables need."""
 
 
 def escaped(text: str) -> str:
@@ -55,14 +60,13 @@ def latex(table: Table, columns: Sequence[str] = ()) -> str:
         for k, r in enumerate(of.rows):
             mark = WITHHELD if r["grade"] == "F" else ""
             if columns:
-                cells = [escaped(wording.cell(r, c)) for c in columns]
-                rows.append([rf"\textbf{{{c}}}" if k in bold and n == "robust" else c + mark * (n == "robust")
-                             for n, c in zip(columns, cells, strict=True)])  # fmt: skip
+                cells = [wording.cell(r, c) + mark * (c == "robust") for c in columns]
+                rows.append([_cell(text, k in bold and c == "robust") for c, text in zip(columns, cells, strict=True)])
                 continue
             attack = "worst case" if r["attack"] == evidence.WORST else called[k]
             names = (r["purifier"], r["classifier"], attack, r["view"])
-            clean, robust = (escaped(wording.with_interval(r, key)) for key in ("clean", "robust"))
-            rows.append([*map(escaped, names), clean, rf"\textbf{{{robust}}}" if k in bold else robust + mark])
+            clean, robust = (wording.with_interval(r, key) for key in ("clean", "robust"))
+            rows.append([*map(escaped, names), escaped(clean), _cell(robust + mark, k in bold)])
         head = [wording.titled(c) for c in columns] or "Purifier,Classifier,Attack,View,Clean,Robust".split(",")
         labels.append(_label(one["dataset"], one["norm"], one["eps"], one["budget"], f"n{one['n']}"))
         said = "" if columns else ": accuracy in % with 95 % intervals"
@@ -84,30 +88,47 @@ def latex(table: Table, columns: Sequence[str] = ()) -> str:
                 labels[-1] if labels.count(labels[-1]) == 1 else f"{labels[-1]}-{labels.count(labels[-1])}",
             )
         )  # fmt: skip
-    return "\n".join(["% \\usepackage{array,booktabs,graphicx,longtable}", *made])
+    return "\n".join([PACKAGES, *made])
 
 
-def tabular(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str, note: str) -> str:
-    """One booktabs table of plain text; what is the same in several rows stands in the caption, and in no column."""
+def tabular(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    caption: str,
+    note: str,
+    *,
+    label: str | None = None,
+    bold: Container[tuple[int, int]] = (),
+) -> str:
+    """One booktabs table of plain text; what is the same in several rows stands in the caption, and in no column.
+
+    Args:
+        head, rows: plain text.
+        caption, note: above and below it.
+        label: of which ``_label`` makes one; by default the caption.
+        bold: the cells, by row and column, that are set in bold.
+    """
     same = [k for k, texts in enumerate(zip(*rows, strict=True)) if len(rows) > 1 and len(set(texts)) == 1]
     kept = [k for k in range(len(head)) if k not in same]
-    cells = [[escaped(row[k]) for k in kept] for row in rows]
-    caption = "; ".join([caption, *(f"{head[k]} {rows[0][k]}" for k in same)])
-    made = _floating([escaped(head[k]) for k in kept], cells, caption, note, _label(caption.split(";")[0]))
-    return "\n".join(["% \\usepackage{array,booktabs,graphicx,longtable}", made])
+    cells = [[_cell(row[k], (n, k) in bold) for k in kept] for n, row in enumerate(rows)]
+    said = "; ".join([caption, *(f"{head[k]} {rows[0][k]}" for k in same)])
+    return _floating([escaped(head[k]) for k in kept], cells, said, note, _label(label or caption))
+
+
+def _cell(text: str, bold: bool) -> str:
+    return rf"\textbf{{{escaped(text)}}}" if bold else escaped(text)
 
 
 def _floating(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str, note: str, label: str) -> str:
     """A table environment of escaped cells, as wide as the text at most; longer than a page, it breaks."""
     titles, lines = " & ".join(head) + r" \\", [" & ".join(row) + r" \\" for row in rows]
     above = [rf"\caption{{{broken(escaped(caption))}.}}", rf"\label{{{label}}}"]
-    below = broken(escaped(note)).replace("†", WITHHELD)
-    if len(rows) > LONG:
-        widths = WIDTHS if len(head) == len(WIDTHS) else (0.92 / len(head),) * len(head)
-        columns = "".join(rf">{{\raggedright\arraybackslash}}p{{{width:.3f}\linewidth}}" for width in widths)
+    below = broken(escaped(note))
+    if len(rows) + len(note) // NOTED > LONG:
         return "\n".join(
             [
-                r"{\scriptsize\setlength\tabcolsep{2pt}\sloppy", rf"\begin{{longtable}}{{{columns}}}", *above, r"\\",
+                r"{\scriptsize\setlength\tabcolsep{2pt}\sloppy",
+                rf"\begin{{longtable}}{{{_columns([head, *rows])}}}", *above, r"\\",
                 r"\toprule", titles, r"\midrule", r"\endfirsthead", r"\toprule", titles, r"\midrule", r"\endhead",
                 r"\bottomrule", r"\endlastfoot", *map(broken, lines),
                 r"\end{longtable}}", "", rf"{{\footnotesize\sloppy {below}\par}}", "",
@@ -122,6 +143,16 @@ def _floating(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str, 
             r"\end{minipage}", r"\end{table}", "",
         ]
     )  # fmt: skip
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    """The columns of a table that breaks over pages: what is short stays on a line, the others share what is left."""
+    needs = [max(len(MARKUP.sub("", cell)) for cell in column) for column in zip(*rows, strict=True)]
+    shares = [min(need, 2 * SHORT) for need in needs if need > SHORT]
+    left = 1 - LETTER * (len(needs) + sum(need for need in needs if need <= SHORT))
+    scale = max(left, 0.12 * len(shares)) / sum(shares, 1e-9)
+    wrapped = r">{\raggedright\arraybackslash}p{%.3f\linewidth}"
+    return "".join("l" if need <= SHORT else wrapped % (scale * min(need, 2 * SHORT)) for need in needs)
 
 
 def _label(*names: str) -> str:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from benchmark import evidence, registry, report, wording
+from benchmark import registry, report, wording
 from benchmark.errors import UsageError
-from benchmark.grades import grades
-from benchmark.latex import latex, tabular
-from benchmark.report import COLUMNS, RULES, Table
+from benchmark.latex import PACKAGES, latex, tabular
+from benchmark.report import COLUMNS, Table
 
 FORMATS = ("md", "csv", "latex", "json")
 
@@ -50,7 +47,7 @@ def machine(rows: Sequence[dict[str, Any]], form: str, columns: Sequence[str]) -
     """Rows as JSON or CSV: accuracies are fractions, unknown values null or empty."""
     if form == "json":
         return json.dumps(rows, indent=2) + "\n"
-    return pd.DataFrame(rows, columns=list(columns)).to_csv(index=False, lineterminator="\n")
+    return pd.DataFrame(rows, columns=list(columns), dtype=object).to_csv(index=False, lineterminator="\n")
 
 
 def _sorted(table: Table, sort: str) -> Table:
@@ -61,71 +58,9 @@ def _sorted(table: Table, sort: str) -> Table:
     return table.only(order + [k for k in range(len(table.rows)) if k not in known])
 
 
-def compact(runs: Iterable[dict[str, Any]], rule: str = "mean", beside: Iterable[dict[str, Any]] = ()) -> str:
-    """A Markdown line per defense and radius, over the images that all its attacks have, a table per protocol.
-
-    Clean accuracy, each attack beside the other, their worst case, its rank and its grade; of a single attack that is
-    itself. Runs ``beside`` speak in the grades, and make no line.
-    """
-    runs = [r for r in runs if r["records"]]
-    if not runs:
-        return "no finished example yet\n"
-    met = [group for of in evidence.protocols(runs) for group in evidence.groups(of)]
-    grouped = [(group, evidence.by_attack(group)) for group in sorted(met, key=_order)]
-    chosen: list[evidence.Row] = [(*attacks[-1], group) for group, attacks in grouped]
-    table = report.assembled(chosen, runs, rule, grades(chosen, report.together(runs, beside)))
-    places = report.ranked(table)
-    lines: list[str] = []
-    for part in table.parts():
-        lines += [wording.facts(table.only(part)), ""]
-        lines += _compact([grouped[k] for k in part], [table.rows[k] for k in part], [places[k] for k in part], rule)
-        lines += [""]
-    lines += ["; ".join([*_displays(grouped), *_specs(runs)]) + "."]
-    lines += [f"Accuracy is {RULES[rule].format(seen=' that no attack saw')}."] if rule != "mean" else []
-    return "\n".join([*lines, f"{wording.RANKS} {wording.GRADES}" if any(places) else wording.GRADES]) + "\n"
-
-
-def _compact(
-    grouped: Sequence[tuple[list[dict[str, Any]], list[Any]]],
-    rows: Sequence[dict[str, Any]],
-    places: Sequence[int | None],
-    rule: str,
-) -> list[str]:
-    """``compact`` of one protocol."""
-    used = {run["names"]["attack"] for _, pairs in grouped for run, _ in pairs} - {evidence.WORST}
-    first = evidence.HEADLINE
-    attacks = sorted(used, key=lambda a: (_base(a) not in first, _base(a) != first[0], a))
-    sized = any("parameters" in run for group, _ in grouped for run in group)
-    head = [*"purifier classifier norm eps n draws".split(), "clean % [95 %]", *(f"{a} %" for a in attacks)]
-    head += ["worst case % [95 %]", "random noise %", *(["NFE", "parameters", "s/image"] if sized else [])]
-    head += ["rank", "grade"]
-    lines = _head(head)
-    several = len({row["seed"] for row in rows}) > 1
-    for (group, pairs), one, place in zip(grouped, rows, places, strict=True):
-        of = {run["names"]["attack"]: report.row(run, records, rule)["robust"] for run, records in pairs}
-        view = evidence.viewed(one["view"]) + (f", seed {one['seed']}" if several else "")
-        cells = [one["purifier"] + view, *(str(one[k]) for k in ("classifier", "norm", "eps", "n", "draws"))]
-        cells += [wording.with_interval(one, "clean"), *(wording.share(of.get(a)) for a in attacks)]
-        cells += [wording.with_interval(one, "robust"), wording.share(one["random_control"])]
-        if sized:
-            cells += [str(one["nfe"]), wording.count(group[0].get("parameters")), wording.seconds(one)]
-        lines.append(_line([*cells, "–" if place is None else str(place), one["grade"] or "–"]))
-    return lines
-
-
-def _displays(grouped: Sequence[tuple[list[dict[str, Any]], list[Any]]]) -> list[str]:
-    """What the attacks at the heads of columns are displayed as."""
-    found: dict[str, list[str]] = {}
-    for _, pairs in grouped:
-        for run, _ in pairs:
-            if (name := run["names"]["attack"]) != evidence.WORST:
-                found.setdefault(name, []).append(run["names"]["display"])
-    names = sorted(found, key=lambda a: (_base(a) not in evidence.HEADLINE, _base(a) != evidence.HEADLINE[0], a))
-    return [f"{name}: {' or '.join(dict.fromkeys(found[name]))}" for name in names]
-
-
-def _head(names: Sequence[str]) -> list[str]:
-    return [_line(names), "|" + "---|" * len(names)]
+def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return [_line(head), "|" + "---|" * len(head), *map(_line, rows)]
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -136,35 +71,21 @@ def matches(found: Sequence[dict[str, Any]]) -> str:
     """``report.matched`` as Markdown."""
     if not found:
         return "no purifier was tried at two settings or more\n"
-    lines = [
-        _line(
-            (
-                f["family"], f"{100 * f['target']:.0f}", f["purifier"], wording.with_interval(f, "clean"), str(f["n"]),
-                str(f["draws"]), str(f["settings"]),
-            )
+    rows = [
+        (
+            f["family"], f"{100 * f['target']:.0f}", f["purifier"], wording.with_interval(f, "clean"), str(f["n"]),
+            str(f["draws"]), str(f["settings"]),
         )
         for f in found
     ]  # fmt: skip
     head = ("family", "target clean %", "setting", "clean % [95 %]", "n", "draws", "settings tried")
-    return "\n".join([wording.facts(Table(list(found))), "", *_head(head), *lines]) + "\n"
+    return "\n".join([wording.facts(Table(list(found))), "", *grid(head, rows)]) + "\n"
 
 
-def _base(attack: str) -> str:
-    """The name in an attack's spec."""
-    return re.split("[: ]", attack)[0]
-
-
-def _specs(runs: Sequence[dict[str, Any]]) -> list[str]:
+def specs(runs: Sequence[dict[str, Any]]) -> list[str]:
     """What the names of purifiers stand for, where they have options."""
-    specs = {run["names"]["purifier"]: run["identity"]["purifier"] for run in runs}
-    return [f"{name} is {spec}" for name, spec in sorted(specs.items()) if name != spec.removesuffix(":rounds=1")]
-
-
-def _order(group: list[dict[str, Any]]) -> tuple:
-    identity, names = group[0]["identity"], group[0]["names"]
-    eps = float(Fraction(identity["eps"]))
-    known = [names["purifier"] == p for p in ("identity", "vae", "diffpure")]
-    return identity["norm"], eps, [not k for k in known], names["purifier"], names["classifier"]
+    known = {run["names"]["purifier"]: run["identity"]["purifier"] for run in runs}
+    return [f"{name} is {spec}" for name, spec in sorted(known.items()) if name != spec.removesuffix(":rounds=1")]
 
 
 def comparison(table: Sequence[dict[str, Any]], reference: dict[str, Any], form: str = "md") -> str:
@@ -190,8 +111,9 @@ def comparison(table: Sequence[dict[str, Any]], reference: dict[str, Any], form:
         "test would notice in four of five cases."
     )
     if form == "latex":
-        return tabular(head, rows, f"Robust accuracy, paired with {one['purifier']} + {one['classifier']}", note)
-    return "\n".join([*_head(head), *map(_line, rows), "", note]) + "\n"
+        caption = f"Robust accuracy, paired with {one['purifier']} + {one['classifier']}"
+        return f"{PACKAGES}\n{tabular(head, rows, caption, note)}"
+    return "\n".join([*grid(head, rows), "", note]) + "\n"
 
 
 def _markdown(table: Table, columns: Sequence[str] = ()) -> str:
@@ -206,7 +128,7 @@ def _markdown(table: Table, columns: Sequence[str] = ()) -> str:
         wording.accuracy(table) if columns else wording.explained(table),
         *_packages(table.runs),
         *_spread(table.rows),
-        *([f"{'; '.join(named)}."] if (named := _specs(table.runs)) else []),
+        *([f"{'; '.join(named)}."] if (named := specs(table.runs)) else []),
     ]
     return "\n".join(lines) + "\n"
 
@@ -251,10 +173,7 @@ def _spread(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _plain(rows: list[dict[str, Any]], columns: Sequence[str]) -> list[str]:
     """One Markdown table of chosen columns."""
-    return [
-        *_head([wording.titled(c) for c in columns]),
-        *(_line([wording.cell(row, c) for c in columns]) for row in rows),
-    ]
+    return grid([wording.titled(c) for c in columns], [[wording.cell(row, c) for c in columns] for row in rows])
 
 
 def _lines(rows: list[dict[str, Any]], _: Sequence[str] = ()) -> list[str]:
@@ -264,7 +183,7 @@ def _lines(rows: list[dict[str, Any]], _: Sequence[str] = ()) -> list[str]:
         "majority clean / robust | worst draw clean / robust | "
         "any iteration (null floor) | random noise | NFE | s/image | grade"
     ).split(" | ")
-    lines = _head(head)
+    made = []
     for r, attack in zip(rows, wording.attacks(rows), strict=True):
         any_iteration = "–"
         if r["robust_any_iteration"] is not None:
@@ -278,5 +197,5 @@ def _lines(rows: list[dict[str, Any]], _: Sequence[str] = ()) -> list[str]:
             f"{wording.percent(r['clean_worst'])} / {wording.percent(r['robust_worst'])}",
             any_iteration, wording.share(r["random_control"]), str(r["nfe"]), wording.seconds(r), r["grade"] or "–",
         ]  # fmt: skip
-        lines.append(_line(cells))
-    return lines
+        made.append(cells)
+    return grid(head, made)

@@ -540,6 +540,7 @@ def test_what_isnt_comparable_is_refused(recorded, tmp_path, capsys):
     "words, said",
     [
         (["--compact", "--sort", "robust"], "--compact takes no --sort"),
+        (["--compact", "--format", "html"], "a line per defense is md, csv, json or latex"),
         (["--figures", "--rule", "worst"], "--figures takes no --rule"),
         (["--bibtex", "--format", "json"], "--bibtex takes no --format"),
         (["--match", "0.9", "--columns", "attack"], "--match takes --columns purifier or none"),

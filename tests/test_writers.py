@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from benchmark import audit, cli, evidence, latex, references, report, writers
+from benchmark.compact import compact
 from benchmark.errors import UsageError
 from benchmark.results import find_runs
 from tests.synthetic import made
@@ -169,7 +170,7 @@ def written(name: str) -> str:
     if stem == "runs":
         return writers.render(report.table(runs, worst_case=True), form)
     if stem == "compact":
-        return writers.compact(runs)
+        return compact(runs, form)
     if stem == "comparison":
         return writers.comparison(report.comparison(runs[0], runs[1:]), runs[0], form)
     if stem == "matches":
@@ -182,8 +183,8 @@ def written(name: str) -> str:
 GOLDEN = ROOT / "tests" / "golden"
 NAMES = (
     "table.md", "table.csv", "table.json", "table.tex", "columns.md", "columns.tex", "runs.md", "runs.tex",
-    "compact.md", "comparison.md", "comparison.csv", "comparison.json", "comparison.tex", "matches.md", "grades.md",
-    "references.bib",
+    "compact.md", "compact.tex", "compact.csv", "compact.json",
+    "comparison.md", "comparison.csv", "comparison.json", "comparison.tex", "matches.md", "grades.md", "references.bib",
 )  # fmt: skip
 
 
@@ -216,7 +217,9 @@ def test_threat_models_are_never_one_latex_table(runs):
 def test_a_real_latex_compiles_every_recorded_result(tmp_path, capsys):
     if shutil.which("pdflatex") is None:
         pytest.skip("pdflatex isn't installed: apt install texlive-latex-base texlive-latex-recommended")
-    assert cli.main(["report", str(ROOT / "results"), "--format", "latex"]) == 0
+    for words in ([], ["curves", "--compact"], ["cifar10-compact", "--compact"]):
+        folder = ROOT.joinpath("results", *words[:1])
+        assert cli.main(["report", str(folder), *words[1:], "--format", "latex"]) == 0
     packages = "array,booktabs,graphicx,longtable"
     opening = f"\\documentclass{{article}}\\usepackage[T1]{{fontenc}}\\usepackage{{{packages}}}\\begin{{document}}\n"
     (tmp_path / "tables.tex").write_text(opening + capsys.readouterr().out + "\n\\end{document}\n")

@@ -50,10 +50,12 @@ def _table(arguments: argparse.Namespace) -> str:
 
 
 def _compact(arguments: argparse.Namespace) -> str:
-    from benchmark import writers
+    from benchmark.compact import compact
 
+    if (form := arguments.format or "md") == "html":
+        raise UsageError("a line per defense is md, csv, json or latex; the page opens with one, too")
     runs = _runs(arguments)
-    return writers.compact(runs.chosen, arguments.rule or "mean", runs.beside)
+    return compact(runs.chosen, form, arguments.rule or "mean", runs.beside)
 
 
 class Runs(NamedTuple):
@@ -243,7 +245,7 @@ def tables(arguments: argparse.Namespace) -> int:
 
 
 REPORTS: dict[str, tuple[Callable[[argparse.Namespace], str], tuple[str, ...]]] = {
-    "compact": (_compact, ("rule", "beside", "where")),
+    "compact": (_compact, ("format", "rule", "beside", "where")),
     "compare": (_compare, ("format",)),
     "match": (_match, ("columns", "where")),
     "figures": (_figures, ("out", "beside", "where")),

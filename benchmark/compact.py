@@ -1,0 +1,155 @@
+"""A line per defense: clean accuracy, each attack beside the others, their worst case, its rank and its grade."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from benchmark import evidence, report, wording, writers
+from benchmark.grades import grades
+from benchmark.latex import PACKAGES, tabular
+from benchmark.report import COLUMNS, RULES, Table
+
+OVER = [c for c in COLUMNS if c not in ("attack", "display")]
+"""The columns of a row over attacks that machines read."""
+
+
+class Line(NamedTuple):
+    """A defense within one threat model.
+
+    Attributes:
+        row: the worst case of its attacks, or the one that it met, as ``report.row``.
+        attacks: the robust accuracy under each attack by its name.
+        displays: what those names are displayed as.
+        parameters: of the purifier; None where the run doesn't say.
+        place: its rank, as ``report.ranked``.
+    """
+
+    row: dict[str, Any]
+    attacks: dict[str, float | None]
+    displays: dict[str, str]
+    parameters: int | None
+    place: int | None
+
+
+def compact(
+    runs: Iterable[dict[str, Any]], form: str = "md", rule: str = "mean", beside: Iterable[dict[str, Any]] = ()
+) -> str:
+    """The lines of all defenses, over the images that all attacks of one have: a table per protocol.
+
+    Args:
+        runs: what makes lines.
+        form: one of ``writers.FORMATS``; machines get one table, in which each attack has a column.
+        rule: what an accuracy is, one of ``report.RULES``.
+        beside: runs that speak in the grades, and make no line.
+    """
+    runs = [r for r in runs if r["records"]]
+    met = [group for of in evidence.protocols(runs) for group in evidence.groups(of)]
+    grouped = [(group, evidence.by_attack(group)) for group in sorted(met, key=_order)]
+    chosen: list[evidence.Row] = [(*attacks[-1], group) for group, attacks in grouped]
+    table = report.assembled(chosen, runs, rule, grades(chosen, report.together(runs, beside)))
+    lines = [
+        _line(group, attacks, row, place, rule)
+        for (group, attacks), row, place in zip(grouped, table.rows, report.ranked(table), strict=True)
+    ]
+    if form in ("csv", "json"):
+        attacks = _attacks(lines)
+        rows = [
+            {**{c: line.row[c] for c in OVER}, **{a: line.attacks.get(a) for a in attacks}}
+            | {"parameters": line.parameters, "rank": line.place}
+            for line in lines
+        ]
+        return writers.machine(rows, form, [*OVER, *attacks, "parameters", "rank"])
+    if not lines:
+        return "% no finished example yet\n" if form == "latex" else "no finished example yet\n"
+    return (_latex if form == "latex" else _markdown)(lines, table)
+
+
+def _line(
+    group: Sequence[dict[str, Any]],
+    pairs: Sequence[tuple[dict[str, Any], list[dict[str, Any]]]],
+    row: dict[str, Any],
+    place: int | None,
+    rule: str,
+) -> Line:
+    """The line of one defense: its runs, and its attacks as ``evidence.by_attack`` gives them."""
+    alone = [(run, records) for run, records in pairs if run["names"]["attack"] != evidence.WORST]
+    met = {run["names"]["attack"]: report.row(run, records, rule)["robust"] for run, records in alone}
+    displays = {run["names"]["attack"]: run["names"]["display"] for run, _ in alone}
+    return Line(row, met, displays, group[0].get("parameters"), place)
+
+
+def _attacks(lines: Sequence[Line]) -> list[str]:
+    """The attacks of all lines, those of the headline first."""
+    first = evidence.HEADLINE
+    base = {name: re.split("[: ]", name)[0] for line in lines for name in line.attacks}
+    return sorted(base, key=lambda a: (base[a] not in first, base[a] != first[0], a))
+
+
+def _cells(lines: Sequence[Line], *, costs: bool = True) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of one protocol's table to read, with random noise and costs where they are wanted."""
+    attacks = _attacks(lines)
+    sized = costs and any(line.parameters is not None for line in lines)
+    several = len({line.row["seed"] for line in lines}) > 1
+    head = [*"purifier classifier norm eps n draws".split(), "clean % [95 %]", *(f"{a} %" for a in attacks)]
+    head += [WORST, *["random noise %"] * costs, *["NFE", "parameters", "s/image"] * sized, "rank", "grade"]
+    rows = []
+    for line in lines:
+        one = line.row
+        view = evidence.viewed(one["view"]) + (f", seed {one['seed']}" if several else "")
+        cells = [one["purifier"] + view, *(str(one[k]) for k in ("classifier", "norm", "eps", "n", "draws"))]
+        cells += [wording.with_interval(one, "clean"), *(wording.share(line.attacks.get(a)) for a in attacks)]
+        cells += [wording.with_interval(one, "robust"), *[wording.share(one["random_control"])] * costs]
+        cells += [str(one["nfe"]), wording.count(line.parameters), wording.seconds(one)] * sized
+        rows.append([*cells, "–" if line.place is None else str(line.place), one["grade"] or "–"])
+    return head, rows
+
+
+WORST = "worst case % [95 %]"
+"""The head of the column that is ranked."""
+
+
+def _markdown(lines: Sequence[Line], table: Table) -> str:
+    made: list[str] = []
+    for part in table.parts():
+        made += [wording.facts(table.only(part)), "", *writers.grid(*_cells([lines[k] for k in part])), ""]
+    return "\n".join([*made, *_notes(lines, table.runs, table.rule)]) + "\n"
+
+
+def _latex(lines: Sequence[Line], table: Table) -> str:
+    """Per protocol a table as wide as a page: first places are bold, withheld numbers bear a dagger."""
+    made = [PACKAGES]
+    for number, part in enumerate(table.parts()):
+        these, of = [lines[k] for k in part], table.only(part)
+        head, rows = _cells(these, costs=False)
+        column, first = head.index(WORST), [k for k, line in enumerate(these) if line.place == 1]
+        for line, row in zip(these, rows, strict=True):
+            row[column] += "†" * (line.row["grade"] == "F")
+        one = these[0].row
+        caption = f"{one['dataset']}, budget {one['budget']}: accuracy in %"
+        told = [wording.facts(of), *_notes(these, of.runs, of.rule)]
+        told += ["Bold: rank 1."] * bool(first) + ["† Withheld: grade F."] * any("†" in row[column] for row in rows)
+        label = "-".join(["compact", one["dataset"], one["norm"], one["eps"], *([str(number)] if number else [])])
+        made.append(tabular(head, rows, caption, " ".join(told), label=label, bold={(k, column) for k in first}))
+    return "\n".join(made)
+
+
+def _notes(lines: Sequence[Line], runs: Sequence[dict[str, Any]], rule: str) -> list[str]:
+    """What attacks, purifiers, accuracies, ranks and grades stand for."""
+    shown: dict[str, list[str]] = {}
+    for line in lines:
+        for name, display in line.displays.items():
+            shown.setdefault(name, []).append(display)
+    displays = [f"{name}: {' or '.join(dict.fromkeys(shown[name]))}" for name in _attacks(lines)]
+    said = ["; ".join([*displays, *writers.specs(runs)]) + "."]
+    said += [f"Accuracy is {RULES[rule].format(seen=' that no attack saw')}."] if rule != "mean" else []
+    return [*said, f"{wording.RANKS} {wording.GRADES}" if any(line.place for line in lines) else wording.GRADES]
+
+
+def _order(group: list[dict[str, Any]]) -> tuple:
+    identity, names = group[0]["identity"], group[0]["names"]
+    eps = float(Fraction(identity["eps"]))
+    known = [names["purifier"] == p for p in ("identity", "vae", "diffpure")]
+    return identity["norm"], eps, [not k for k in known], names["purifier"], names["classifier"]
