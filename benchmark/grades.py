@@ -101,16 +101,19 @@ def _grade(
     enough = min(len(ids), IMAGES)
     tried = [*members, *(one for one in rivals if len(ids & known[str(one["folder"])].keys()) >= enough)]
     searches = [one for one in tried if _searches(one)]
-    names = {registry.parse(one["identity"]["attack"]).name for one in searches}
+    names = {_name(one) for one in searches}
     wanted = evidence.HEADLINE if run["stochastic"] else ("autoattack",)
     missing = [name for name in wanted if name not in names]
-    looked = any(_looks(one) for one in tried)
+    looks = [one for one in tried if _looks(one)]
+    own = [one for one in tried if _own(one)]
     few = len(records) < 32
     checks = [
         _stronger(records, [(f"{one['names']['display']}{_aside(one)}", known[str(one["folder"])]) for one in others]),
-        Check("gradients", "pass" if searches else "not run", "", "attack with --attack pgd --view auto"),
+        _met(
+            "gradients", searches, [one for one in own if _gradients(one) > 0], "attack with --attack pgd --view auto"
+        ),
         Check("headline", "not run" if missing else "pass", ", ".join(missing), f"attack with {' and '.join(wanted)}"),
-        Check("looking", "pass" if looked else "not run", "", "attack with --attack square, too"),
+        _met("looking", looks, [one for one in own if _name(one) in LOOKING], "attack with --attack square, too"),
         _longer(members, searches, STEPS * (4 if run["stochastic"] else 1)),
         Check("images", "not run" if few else "pass", f"{len(records)}", "attack 32 images or more"),
         _whole(members),
@@ -142,6 +145,13 @@ def _stronger(records: list[dict[str, Any]], rivals: Sequence[tuple[str, dict[in
 def _correct(records: list[dict[str, Any]], key: str = "adv") -> dict[int, float]:
     """The share of correct draws of each image."""
     return {r["id"]: float(s) for r, s in zip(records, evidence.shares(records, key), strict=True)}
+
+
+def _met(what: str, whole: Sequence[Any], less: Sequence[dict[str, Any]], advice: str) -> Check:
+    """Whether a search of some kind was tried; if not, which of that kind did less than counts."""
+    displays = dict.fromkeys(one["names"]["display"] for one in less)
+    value = "" if whole or not displays else f"too short, or not of the whole ball: {', '.join(displays)}"
+    return Check(what, "pass" if whole else "not run", value, advice)
 
 
 def _longer(members: Sequence[dict[str, Any]], searches: Sequence[dict[str, Any]], quick: float) -> Check:
@@ -192,9 +202,8 @@ def _searches(run: dict[str, Any]) -> bool:
 
 def _looks(run: dict[str, Any]) -> bool:
     """Whether the attack searched the defense itself without gradients, for as long as counts."""
-    name = registry.parse(run["identity"]["attack"]).name
     queries = max(_option(run, "queries"), 2 * _option(run, "samples") * _option(run, "steps"))
-    return _own(run) and (name in LOOKING and queries >= QUERIES or _standard(run) and not run["stochastic"])
+    return _own(run) and (_name(run) in LOOKING and queries >= QUERIES or _standard(run) and not run["stochastic"])
 
 
 def _own(run: dict[str, Any]) -> bool:
@@ -206,6 +215,11 @@ def _effort(run: dict[str, Any]) -> float:
     if _option(run, "retire"):
         return 0.0
     return _option(run, "steps") * max(_option(run, "eot"), 1)
+
+
+def _name(run: dict[str, Any]) -> str:
+    """The attack's name, without its options."""
+    return registry.parse(run["identity"]["attack"]).name
 
 
 def _option(run: dict[str, Any], name: str, default: float = 0) -> float:

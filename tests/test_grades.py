@@ -62,7 +62,11 @@ def test_what_hardly_tried_confirms_nothing():
         grade = graded(run, *(one for j, one in enumerate(ALL) if j != k), weak)
         assert grade.letter == "C" and status(grade, name) == "not run", weak["identity"]["attack"]
     assert status(graded(made(0.5, attack="transfer", gradients=80.0)), "gradients") == "not run"
-    assert status(graded(made(0.5, spec="pgd:eot=1,steps=1")), "gradients") == "not run"
+    short = graded(made(0.5, spec="pgd:eot=1,steps=1"))
+    assert status(short, "gradients") == "not run"
+    assert next(c.value for c in short.checks if c.id == "gradients").startswith(
+        "too short, or not of the whole ball: PGD"
+    )
 
 
 def test_padding_with_weak_attacks_hides_no_strong_one():
