@@ -115,6 +115,20 @@ def test_a_name_like_no_other_still_gives_the_list(run, capsys):
     assert "did you mean" not in message and "known: bitdepth, " in message
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("run --purifeir vae", "run takes no --purifeir; did you mean --purifier? run --help"),
+        ("run --sed=3", "run takes no --sed=3; did you mean --seed?"),
+        ("status a --zzz", "status takes no --zzz; status --help"),
+        ("run vae", "run takes no vae; run --help"),
+    ],
+)
+def test_an_unknown_option_gives_the_nearest(capsys, words, said):
+    assert cli.main(words.split()) == cli.USAGE
+    assert said in capsys.readouterr().err
+
+
 def test_a_component_of_another_kind_is_called_that(run, capsys):
     assert run("--purifier", "resnet") == cli.USAGE
     assert "resnet is one of the classifiers, not of the purifiers" in capsys.readouterr().err
@@ -126,9 +140,7 @@ def test_a_file_that_defines_no_such_purifier(run, capsys, spec):
     assert spec in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "arguments", [["list", "purifierz"], ["report", "--format", "xml"], ["rum"], [], ["run", "--x"]]
-)
+@pytest.mark.parametrize("arguments", [["list", "purifierz"], ["report", "--format", "xml"], ["rum"], []])
 def test_bad_grammar_is_bad_usage(capsys, arguments):
     assert cli.main(arguments) == cli.USAGE
     assert "usage: python -m benchmark" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 
 from benchmark.cli import reports, runs, tools
 from benchmark.cli.common import DONE, FAILED, INCOMPLETE, USAGE, complain
@@ -20,9 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for k in [k for k, word in enumerate(words[:-1]) if word == "--sort"]:  # -robust is a column here, not an option
         words[k : k + 2] = [f"--sort={words[k + 1]}"]
     try:
-        arguments = parser().parse_args(words)
+        arguments, extra = parser().parse_known_args(words)
     except SystemExit as stop:
         return int(stop.code or 0)
+    if extra:
+        return complain(_unknown(extra[0], arguments), USAGE)
     from benchmark.fetch import NetworkForbidden, network
 
     try:
@@ -42,6 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None:
             raise
         return complain(f"{error.filename}: {error.strerror}; name another file or folder, or make it usable", FAILED)
+
+
+def _unknown(word: str, arguments: argparse.Namespace) -> str:
+    """The message for a word that a command doesn't take: the nearest option, and where all are listed."""
+    known = [f"--{name.replace('_', '-')}" for name in vars(arguments)]
+    near = get_close_matches(word.partition("=")[0], known, 1)
+    hint = f"; did you mean {near[0]}?" if near else ";"
+    return f"{arguments.command} takes no {word}{hint} {arguments.command} --help lists what it takes"
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
