@@ -80,5 +80,10 @@ def evaluate(
     known = [field.name for field in fields(Settings)]
     if wrong := [key for key in settings if key not in known]:
         raise UsageError(registry.unknown("setting", wrong[0], known))
+    if not isinstance(attack, str) or len(registry.split(attack)) > 1:
+        raise UsageError(
+            f"attack={attack!r}: one spec at a time; evaluate each with the same out, and python -m benchmark report OUT "
+            "gives their worst case"
+        )
     with defenses.lent(defense):
         return Cell(defense, data, attack, Settings(**settings)).result()

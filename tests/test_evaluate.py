@@ -581,6 +581,12 @@ def test_a_classifier_that_gives_no_logits_is_said(tmp_path, what, said):
         evaluate(Defense(Identity(), Says(what)), gaussian(4), "pgd:steps=1", eps="1/64", n=4, out=tmp_path, quiet=True)
 
 
+@pytest.mark.parametrize("attack", ["pgd:steps=1,apgd", ["pgd", "apgd"], None])
+def test_several_attacks_at_once_are_told_how(tmp_path, attack):
+    with pytest.raises(UsageError, match="one spec at a time; evaluate each with the same out"):
+        evaluate(Defense(Identity(), TwoLogits()), gaussian(4), attack, eps="1/64", n=4, out=tmp_path, quiet=True)
+
+
 BAD = {
     "one tensor": (lambda x, y: x, "a data set's name or (images, labels), not Tensor"),
     "a number": (lambda x, y: 3, "a data set's name or (images, labels), not int"),
