@@ -82,8 +82,8 @@ def evaluate(
         raise UsageError(registry.unknown("setting", wrong[0], known))
     if not isinstance(attack, str) or len(registry.split(attack)) > 1:
         raise UsageError(
-            f"attack={attack!r}: one spec at a time; evaluate each with the same out, and python -m benchmark report OUT "
-            "gives their worst case"
+            f"attack={attack!r}: one spec at a time; evaluate each with the same out, and python -m benchmark report "
+            "OUT gives their worst case"
         )
     with defenses.lent(defense):
         return Cell(defense, data, attack, Settings(**settings)).result()
