@@ -30,10 +30,10 @@ from attacks._views import Exact, View
 from benchmark import checkpoints, data, evidence, memory, registry, stats
 from benchmark.alone import Alone, Network
 from benchmark.cell import Cell
+from benchmark.environment import environment
 from benchmark.errors import UsageError
 from benchmark.preflight import Check
 from benchmark.repeatable import make_repeatable
-from benchmark.results import environment
 from benchmark.settings import Settings
 from purifiers import Defense, Tape
 

@@ -20,11 +20,12 @@ from attacks import NORMS, PRECISIONS, Attack, Calls, NotApplicable, ThreatModel
 from attacks._recompute import ROWS, Footprint, footprint
 from benchmark import checkpoints, config, data, defenses, evidence, memory, registry, report
 from benchmark.engine import BLOCK, Engine, Incomplete
+from benchmark.environment import environment
 from benchmark.errors import NotApplicableError, RunError, UsageError
 from benchmark.plan import Plan, plan
 from benchmark.preflight import accuracy_check, failures, preflight
 from benchmark.repeatable import make_repeatable
-from benchmark.results import Run, environment, read_run
+from benchmark.results import Run, read_run
 from benchmark.settings import KNOWN, Settings
 from benchmark.verdict import Judge, classes
 from benchmark.views import View

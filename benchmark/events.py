@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmark.results import writing
+from benchmark.files import writing
 
 FILE = "events.jsonl"
 

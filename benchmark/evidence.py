@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmark import registry, stats
 from benchmark.errors import UsageError
-from benchmark.results import reading
+from benchmark.files import reading
 
 CELL = (
     *("dataset", "fingerprint", "purifier", "classifier", "weights", "copies", "combine", "norm", "eps"),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmark import evidence, registry, stats
-from benchmark.results import reading
+from benchmark.files import reading
 
 MEANING = {
     "A": "nothing recorded is significantly stronger, and the likeliest contradictions were all tried",

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmark import checkpoints, data
 from benchmark.defenses import built_by_hand
 from benchmark.errors import UsageError
-from benchmark.results import reading
+from benchmark.files import reading
 from purifiers import Purifier, Tape
 from purifiers._base import call
 

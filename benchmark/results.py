@@ -4,47 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from fractions import Fraction
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from benchmark.config import Identity, slug
-from benchmark.errors import RunError, UsageError
-
-PACKAGES = ("torch", "diffusers", "pyautoattack", "numpy", "scipy")
-
-
-def environment(device: str, **choices: bool) -> dict[str, Any]:
-    """What a run was made with and on: recorded, not hashed."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "missing"
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
-    return {
-        "python": platform.python_version(),
-        "packages": versions,
-        "device": device,
-        "device_name": name,
-        "threads": torch.get_num_threads(),
-        **{name: True for name, chosen in choices.items() if chosen},
-        "engine": "local",
-        "commit": _commit(),
-    }
+from benchmark.environment import commit
+from benchmark.errors import UsageError
+from benchmark.files import read_json, read_lines, reading, replace, sole, writing
 
 
 class Run:
@@ -102,7 +78,7 @@ class Run:
             self.check_identity()
             path = self.folder / "run.json"
             if path.exists():
-                self._check_environment(_json(path), mixed_environment)
+                self._check_environment(read_json(path), mixed_environment)
             replace(path, json.dumps(self.settings | {"n": n}, indent=2, sort_keys=True) + "\n")
             self._room(n, shape)
 
@@ -148,7 +124,7 @@ class Run:
 
     def note_time(self, entry: dict[str, Any]) -> None:
         """Seconds and memory of a piece of work, and the commit that did it."""
-        entry = entry | {"commit": _commit()}
+        entry = entry | {"commit": commit()}
         with writing(self.folder), (self.folder / "timing.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
@@ -178,7 +154,7 @@ class Run:
         With ``halved`` only a count that memory forced upon it.
         """
         path = self.folder / "run.json"
-        found = _json(path) if path.exists() else {}
+        found = read_json(path) if path.exists() else {}
         if not found or not ("halved_to" in found if halved else self._begun() or self.shared or "halved_to" in found):
             return None
         return found["environment"].get("rows")
@@ -191,7 +167,7 @@ class Run:
             (self.folder / self.state).unlink(missing_ok=True)
             self.settings.setdefault("halved_to", []).append(rows)
             self.settings["environment"]["rows"] = rows
-            found = _json(self.folder / "run.json")
+            found = read_json(self.folder / "run.json")
             replace(self.folder / "run.json", json.dumps(found | self.settings, indent=2, sort_keys=True) + "\n")
 
     def finish(self, n: int | None = None) -> Path:
@@ -203,7 +179,7 @@ class Run:
             return self.folder
         with self._alone(), writing(self.folder):
             records = [record for _, record in sorted(self.done().items())]
-            whole = _json(self.folder / "run.json")["n"]
+            whole = read_json(self.folder / "run.json")["n"]
             if len(records) < (n or whole):
                 return self.folder
             blocks = sorted((self.folder / "logits").glob("*.npz"))
@@ -240,7 +216,7 @@ class Run:
     def check_identity(self) -> None:
         """Refuse a folder that holds another run."""
         path = self.folder / "run.json"
-        theirs = _json(path)["identity"] if path.exists() else self.settings["identity"]
+        theirs = read_json(path)["identity"] if path.exists() else self.settings["identity"]
         ours = self.settings["identity"]
         if theirs != ours:
             differ = [k for k in ours if theirs.get(k) != ours[k]]
@@ -290,7 +266,7 @@ def _home(root: Path, identity: Identity, names: dict[str, str]) -> Path:
     """The folder of an identity: named as it is spelled now, unless another spelling of the same run has one."""
     spelled = root / slug(names["purifier"]) / f"{slug(names['attack'])}-{identity.hash8}"
     others = sorted(path.parent for path in root.glob(f"*/*-{identity.hash8}/run.json"))
-    same = (folder for folder in others if _json(folder / "run.json").get("identity") == asdict(identity))
+    same = (folder for folder in others if read_json(folder / "run.json").get("identity") == asdict(identity))
     return spelled if spelled.exists() else next(same, spelled)
 
 
@@ -306,12 +282,12 @@ def distinct(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """The settings of a run, with its finished records as "records" and its seconds as "seconds"."""
-    settings = _json(folder / "run.json")
+    settings = read_json(folder / "run.json")
     if missing := [key for key in ("identity", "names", "environment", "n", "stochastic") if key not in settings]:
         raise UsageError(f"{folder / 'run.json'} has no {missing[0]}: restore it, or delete {folder} and run again")
     records = _records(folder)
     timing = folder / "timing.jsonl"
-    times = _lines(timing) if timing.exists() else []
+    times = read_lines(timing) if timing.exists() else []
     return settings | {
         "records": [records[k] for k in sorted(records)],
         "complete": (folder / "records.jsonl").exists() and len(records) >= settings["n"],
@@ -328,45 +304,14 @@ def _records(folder: Path) -> dict[int, dict[str, Any]]:
         state = finished.stat()
         records.update({r["id"]: dict(r) for r in _finished(finished.absolute(), state.st_mtime_ns, state.st_size)})
     for journal in sorted(folder.glob("journal*.jsonl")):
-        records.update({r["id"]: r for r in _lines(journal)})
+        records.update({r["id"]: r for r in read_lines(journal)})
     return records
 
 
 @lru_cache(maxsize=1024)
 def _finished(path: Path, changed: int, size: int) -> list[dict[str, Any]]:
-    """``_lines``, read anew only when the file changes: a document's tables ask for the same runs again and again."""
-    return _lines(path)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file; a last one without an end is being written, or was torn."""
-    return [_json(path, line, k) for k, line in enumerate(path.read_text().split("\n")[:-1], 1)]
-
-
-def _json(path: Path, text: str | None = None, line: int = 0) -> Any:
-    """What a file, or a line of it, says.
-
-    Raises:
-        UsageError: if it is damaged.
-    """
-    with reading(path, line):
-        return json.loads(path.read_text() if text is None else text)
-
-
-@contextmanager
-def reading(path: Path, line: int = 0) -> Iterator[None]:
-    """Turn what is torn or changed in a run's file into an error that says where.
-
-    Raises:
-        UsageError: if it is damaged.
-    """
-    try:
-        yield
-    except (ValueError, KeyError, EOFError, BadZipFile) as error:  # what json and numpy raise
-        where = f"line {line} of {path}" if line else str(path)
-        raise UsageError(
-            f"{where} is damaged ({error or 'it ends too early'}): restore it, or delete {path.parent} and run again"
-        ) from error
+    """``read_lines``, anew only when the file changes: a document's tables ask for the same runs again and again."""
+    return read_lines(path)
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
@@ -422,62 +367,3 @@ def _plain(value: str) -> str:
         return str(Fraction(value))
     except ValueError:
         return value.replace("_", "-")
-
-
-@contextmanager
-def sole(path: Path, otherwise: str) -> Iterator[None]:
-    """Hold the lock ``path`` while work goes on in its folder; the system frees it if the process is killed.
-
-    Raises:
-        RunError: if another process holds it, with the remedy ``otherwise``.
-    """
-    lock = FileLock(path, timeout=0)
-    with writing(path.parent):
-        try:
-            lock.acquire()
-        except Timeout:
-            raise RunError(
-                f"{path.parent}: another process is at work on this, so nothing was begun; let it end, or {otherwise}"
-            ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".new")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn a failing disk into an error that says what became of the run."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"{folder}: can't write ({error.strerror or error}); what is recorded stays readable. "
-            "Free space or choose a writable --out, then give the same command again"
-        ) from error
-
-
-def _commit() -> str | None:
-    """The checked-out commit, read from .git without running git."""
-    git = Path(__file__).parent.parent / ".git"
-    try:
-        head = (git / "HEAD").read_text().strip()
-        if not head.startswith("ref: "):
-            return head[:12]
-        ref = git / head.removeprefix("ref: ")
-        if ref.exists():
-            return ref.read_text().strip()[:12]
-        packed = (git / "packed-refs").read_text().splitlines()
-        return next((line[:12] for line in packed if line.endswith(head.removeprefix("ref: "))), None)
-    except OSError:
-        return None

@@ -19,9 +19,9 @@ from tqdm import tqdm
 from attacks._precision import set_tf32
 from benchmark import checkpoints, data, registry
 from benchmark.errors import UsageError
+from benchmark.files import sole
 from benchmark.measure import MOST, SPLITS, measure
 from benchmark.recipes import ADVERSARIES, LARGER, Recipe, larger, ordered, recipes
-from benchmark.results import sole
 from benchmark.samples import samples
 from purifiers import Batch, Tape
 

@@ -18,9 +18,9 @@ import torch
 from benchmark import config, data, defenses, evidence, registry, stats
 from benchmark.cell import Cell
 from benchmark.engine import BLOCK
+from benchmark.environment import environment
 from benchmark.errors import RunError, UsageError
 from benchmark.preflight import Check
-from benchmark.results import environment
 from benchmark.settings import Settings
 
 AGAIN = ("clean", "adv", "select", "random", "distance", "broken_at", "null_wrong", "package_verdict")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmark import engine, evaluate, report, results, writers
+from benchmark import engine, evaluate, files, report, results, writers
 from benchmark.cell import Incomplete
 from benchmark.errors import RunError, UsageError
 from purifiers import Defense
@@ -134,7 +134,7 @@ def test_a_full_disk_is_an_error_and_what_is_recorded_stays_readable(tmp_path, r
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as broken:
-        broken.setattr(results.os, "fsync", full)
+        broken.setattr(files.os, "fsync", full)
         with pytest.raises(RunError, match=r"No space left on device[\s\S]*what is recorded stays readable"):
             run("full", n=40)
     (unfinished,) = results.find_runs([tmp_path / "full"])
@@ -306,10 +306,10 @@ def test_what_another_process_is_at_work_on_is_not_done_twice(tmp_path, run):
         run("out", stop_after=0)
     folder = folder_of(tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.suffix != ".lock"}
-    with results.sole(folder / ".work.lock", ""), pytest.raises(RunError, match="another process .* --shard 1/2"):
+    with files.sole(folder / ".work.lock", ""), pytest.raises(RunError, match="another process .* --shard 1/2"):
         run("out")
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.suffix != ".lock"} == before
-    with results.sole(folder / ".work.1-of-2.lock", ""), pytest.raises(RunError, match="another process"):
+    with files.sole(folder / ".work.1-of-2.lock", ""), pytest.raises(RunError, match="another process"):
         run("out", shard="1/2")
     assert outcome(run("out")) == outcome(run("at once"))
 

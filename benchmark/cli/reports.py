@@ -195,8 +195,8 @@ def diagnose(arguments: argparse.Namespace) -> int:
 
 
 def _page(runs: Runs, out: str | None) -> str:
+    from benchmark.files import replace
     from benchmark.page import page
-    from benchmark.results import replace
 
     text = page(runs.chosen, runs.beside)
     if out is None:
@@ -232,7 +232,7 @@ def audit(arguments: argparse.Namespace) -> int:
 
 def tables(arguments: argparse.Namespace) -> int:
     from benchmark import tables
-    from benchmark.results import replace
+    from benchmark.files import replace
 
     for path in arguments.files:
         if not path.is_file():

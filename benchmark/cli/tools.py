@@ -254,7 +254,7 @@ def bench(arguments: argparse.Namespace) -> int:
     from benchmark import bench
     from benchmark.config import slug
     from benchmark.device import device_named
-    from benchmark.results import replace
+    from benchmark.files import replace
 
     if arguments.path:
         print(bench.render(bench.saved(Path(arguments.path))), end="")
