@@ -46,8 +46,7 @@ def compact(
         beside: runs that speak in the grades, and make no line.
     """
     runs = [r for r in runs if r["records"]]
-    met = [group for of in evidence.protocols(runs) for group in evidence.groups(of)]
-    grouped = [(group, evidence.by_attack(group)) for group in sorted(met, key=_order)]
+    grouped = [(group, evidence.by_attack(group)) for group in sorted(evidence.met(runs), key=_order)]
     chosen: list[evidence.Row] = [(*attacks[-1], group) for group, attacks in grouped]
     table = report.assembled(chosen, runs, rule, grades(chosen, report.together(runs, beside)))
     lines = [

@@ -127,22 +127,35 @@ def common(group: list[dict[str, Any]]) -> set[int]:
     return set.intersection(*({r["id"] for r in run["records"]} for run in group))
 
 
-def protocols(runs: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Runs with records, apart by what judged them: images, budget, precision and protocol version."""
+def met(runs: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Per defense and protocol the runs that attacked it: on the same images, at one budget.
+
+    An attack with options of its own (budget "custom") is one more beside those of a named budget.
+    """
     found: dict[tuple, list[dict[str, Any]]] = {}
     for run in runs:
         if run["records"]:
-            identity = run["identity"]
-            ids = tuple(r["id"] for r in run["records"])
-            facts = (identity[key] for key in ("fingerprint", "budget", "precision", "protocol"))
-            found.setdefault((ids, *facts), []).append(run)
-    return list(found.values())
+            found.setdefault(_judged(run, run["records"]), []).append(run)
+    made = []
+    for of in found.values():
+        for group in groups(of):
+            budgets: dict[str, list[dict[str, Any]]] = {}
+            for run in group:
+                budgets.setdefault(run["identity"]["budget"], []).append(run)
+            beside = budgets.pop("custom", []) if len(budgets) > 1 else []
+            made += [[*named, *beside] for named in budgets.values()]
+    return made
+
+
+def _judged(run: dict[str, Any], records: list[dict[str, Any]]) -> tuple:
+    """What judged a run, beside its budget: images, precision and protocol version."""
+    identity = run["identity"]
+    return tuple(r["id"] for r in records), *(identity[key] for key in ("fingerprint", "precision", "protocol"))
 
 
 def worst_cases(runs: Iterable[dict[str, Any]]) -> list[Row]:
     """The worst case of each defense that met several attacks under one protocol on the same images."""
-    found = [group for met in protocols(runs) for group in groups(met)]
-    return [(*worst_of(of), of) for of in found if len(of) > 1]
+    return [(*worst_of(of), of) for of in met(runs) if len(of) > 1]
 
 
 def headline(runs: Iterable[dict[str, Any]]) -> list[Row]:
@@ -153,10 +166,10 @@ def headline(runs: Iterable[dict[str, Any]]) -> list[Row]:
     those draws speaks only where nobody else does.
     """
     found: dict[tuple, list[Row]] = {}
-    for number, met in enumerate(protocols(runs)):
-        for of in groups(met):
-            run, records = worst_of(of) if len(of) > 1 else (of[0], of[0]["records"])
-            found.setdefault((number, defense(run)), []).append((run, records, of))
+    for of in met(runs):
+        run, records = worst_of(of) if len(of) > 1 else (of[0], of[0]["records"])
+        key = (*_judged(run, records), run["identity"]["budget"], defense(run))
+        found.setdefault(key, []).append((run, records, of))
 
     def left(row: Row) -> float:
         return float(np.mean([_survival(r) for r in row[1]])) + ("noise=verdict" in row[0]["identity"]["view"])
@@ -220,6 +233,7 @@ def worst_of(group: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str
     took = [run for run in group if any(r["backwards"] for r in run["records"])] or group
     views = {run["identity"]["view"] for run in took}  # of attacks that took a gradient
     budgets = {run["identity"]["budget"] for run in group}
+    budgets -= {"custom"} if len(budgets) > 1 else set()
     merged = group[0] | {
         "identity": group[0]["identity"]
         | {"budget": budgets.pop() if len(budgets) == 1 else "mixed", "view": ", ".join(sorted(views))},

@@ -78,12 +78,11 @@ def lines(runs: Iterable[dict[str, Any]]) -> list[Line]:
 
 def _points(runs: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]], list[str]]]:
     """Each attack, and each worst case, on each defense: a run, its records and the specs of the attacks behind it."""
-    for met in evidence.protocols(runs):
-        for part in evidence.groups(met):
-            specs = sorted({registry.completed("attacks", run["identity"]["attack"]) for run in part})
-            for run, records in evidence.by_attack(part):
-                spec = registry.completed("attacks", run["identity"]["attack"])
-                yield run, records, specs if run["names"]["attack"] == evidence.WORST else [spec]
+    for part in evidence.met(runs):
+        specs = sorted({registry.completed("attacks", run["identity"]["attack"]) for run in part})
+        for run, records in evidence.by_attack(part):
+            spec = registry.completed("attacks", run["identity"]["attack"])
+            yield run, records, specs if run["names"]["attack"] == evidence.WORST else [spec]
 
 
 def _numbers(specs: dict[str, registry.Spec], eps: str) -> dict[str, Number]:

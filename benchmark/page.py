@@ -34,7 +34,10 @@ def page(runs: Iterable[dict[str, Any]], beside: Iterable[dict[str, Any]] = ()) 
     """
     runs = [run for run in runs if run["records"]]
     chosen: list[evidence.Row] = [(run, run["records"], [run]) for run in runs]
-    chosen += evidence.worst_cases(runs)
+    worst = evidence.worst_cases(runs)
+    # an attack with options of its own stands with the budget that it was run beside
+    budgets = {_name([one]): run["identity"]["budget"] for run, _, of in reversed(worst) for one in of}
+    chosen += worst
     leading = {_name(of) for _, _, of in evidence.headline(runs)}
     graded = grades(chosen, [*runs, *beside])
     tables = {rule: report.assembled(chosen, runs, rule, graded) for rule in RULES}
@@ -63,7 +66,7 @@ def page(runs: Iterable[dict[str, Any]], beside: Iterable[dict[str, Any]] = ()) 
                 "id": k,
                 "leading": k in places,
                 "rank": places.get(k),
-                **_row(run, of, {rule: table.rows[k] for rule, table in tables.items()}),
+                **_row(run, of, {rule: table.rows[k] for rule, table in tables.items()}, budgets.get(_name(of))),
                 "checks": [list(check) for check in graded[k].checks],
                 "beside": defenses[evidence.defense(run)],
             }
@@ -150,8 +153,10 @@ def _like(identity: dict[str, Any]) -> str:
     return next((name for name, b in BUDGETS.items() if b.select == identity["select"]), "quick")
 
 
-def _row(run: dict[str, Any], of: Sequence[dict[str, Any]], by_rule: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """A row of the page: its names, its accuracies under every rule, and what unfolds."""
+def _row(
+    run: dict[str, Any], of: Sequence[dict[str, Any]], by_rule: dict[str, dict[str, Any]], budget: str | None
+) -> dict[str, Any]:
+    """A row of the page: its names, its accuracies under every rule, and what unfolds; ``budget`` if not its own."""
     row, identity = by_rule["mean"], run["identity"]
     unknown = [None, None, None]
     rules = {
@@ -180,7 +185,7 @@ def _row(run: dict[str, Any], of: Sequence[dict[str, Any]], by_rule: dict[str, d
     return {
         **{key: row[key] for key in SHOWN_COLUMNS},
         "threat": f"{row['norm']} {row['eps']}",
-        "effort": ", ".join([row["budget"], f"{row['n']} images", *odd]),
+        "effort": ", ".join([budget or row["budget"], f"{row['n']} images", *odd]),
         "worst": row["attack"] == evidence.WORST,
         "rules": rules,
         "protocol": protocol,

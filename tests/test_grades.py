@@ -246,6 +246,17 @@ def test_rows_carry_the_letter_and_no_ranking_counts_an_f():
     assert "jpeg" in compact(runs)
 
 
+def test_an_attack_with_options_of_its_own_is_in_the_worst_case_of_the_budget_beside_it():
+    aside = made(0.3, spec="pgd:eot=4,steps=50", budget="custom")
+    runs = [made(0.5), made(0.4, attack="autoattack"), aside, made(0.35, budget="standard")]
+    worst = {row["budget"]: row for row in report.rows(runs, worst_case=True) if row["attack"] == evidence.WORST}
+    assert {budget: row["robust"] for budget, row in worst.items()} == {"quick": 0.3, "standard": 0.3}
+    assert worst["quick"]["run"].count(evidence.JOIN) == 2
+    other = made(0.2, spec="pgd:eot=4,steps=9", budget="custom", draws=5)
+    assert len(report.rows([made(0.5), other], worst_case=True)) == 2, "judged by other draws"
+    assert [run["identity"]["budget"] for run, *_ in evidence.headline([aside])] == ["custom"]
+
+
 def test_ranks_are_shared_by_what_a_test_cannot_tell_apart():
     rng = np.random.default_rng(0)
     base = rng.random(200)

@@ -198,8 +198,8 @@ def test_what_a_grid_varied_without_a_number_stands_side_by_side(tmp_path):
 
 
 def test_what_a_grade_withholds_is_on_no_front(tmp_path):
-    runs = [made(0.5), made(0.2, attack="square", gradients=0.0, budget="custom"), made(0.1, purifier="jpeg")]
+    runs = [made(0.5), made(0.2, attack="square", gradients=0.0, budget="standard"), made(0.1, purifier="jpeg")]
     figures(runs, tmp_path, ["clean-robust", "cost"])
     shown = pd.read_csv(tmp_path / "clean-robust-fashion-mnist-linf-16-255-quick-n40.csv")
     assert dict(zip(shown["purifier"], shown["grade"], strict=True)) == {"vae": "F", "jpeg": "C"}
-    assert len(pd.read_csv(tmp_path / "cost-fashion-mnist-linf-16-255-custom-n40.csv")) == 1
+    assert len(pd.read_csv(tmp_path / "cost-fashion-mnist-linf-16-255-standard-n40.csv")) == 1
