@@ -59,9 +59,9 @@ class Ensemble(Attack):
         outer = {key: value for key, value in state.items() if not key.startswith("inner.")}
         if k == member.length(victim.stochastic) - 1 or self.retire:
             own = slice(version, version + member.versions(victim.stochastic))
-            outer["candidates"][own] = member.finish(inner)
+            outer["candidates"] = _with(outer["candidates"], own, member.finish(inner))
             if self.retire:
-                outer["lost"][own] = member.lost(inner)
+                outer["lost"] = _with(outer["lost"], own, member.lost(inner))
             found = torch.where(inner["broken_at"] >= 0, inner["broken_at"] + seen, -1)
             outer["broken_at"] = torch.where(outer["broken_at"] < 0, found, outer["broken_at"])
         if k < member.length(victim.stochastic) - 1:
@@ -73,6 +73,13 @@ class Ensemble(Attack):
 
     def lost(self, state: State) -> Tensor:
         return state["lost"].clone()
+
+
+def _with(old: Tensor, own: slice, new: Tensor) -> Tensor:
+    """A tensor with a part of it replaced; the old one stays, for a state under way may be saved at any moment."""
+    made = old.clone()
+    made[own] = new
+    return made
 
 
 def _inner(state: State) -> State:

@@ -33,7 +33,7 @@ class Model(nn.Module):
         self.forwards += len(x)
         self.backwards += len(x) if torch.is_grad_enabled() and x.requires_grad else 0
         self.calls += 1
-        noise = victim.tape[:1].draws(len(x)).fold("stream", self.calls) if victim.stochastic else None
+        noise = victim.tape[:1].draws(len(x)).fold("stream", self.calls)
         return victim.defense(x, noise, victim.view)
 
     def charge(self, images: int) -> None:

@@ -42,7 +42,7 @@ class Encoder(PGD):
         first = _First()
 
         def displacement(logits: Tensor, labels: Tensor, clean: Tensor) -> Tensor:
-            return first.displacement(clean)
+            return first.displacement(clean.to(logits.dtype))
 
         return victim.evaluate(
             x_adv, y, displacement, "pgd", k, eot=self.eot, aside=(x,), view=Watched(victim.view, first.see)

@@ -97,6 +97,7 @@ class PGD(Attack):
         return state
 
     def step(self, k: int, state: State, x: Tensor, y: Tensor, victim: Victim, threat: ThreatModel) -> State:
+        state = {key: value.clone() for key, value in state.items()}  # an interrupt leaves the one before as it was
         restart = k // self.steps
         code = state["x_adv"][restart]
         evaluation = self.look(k, threat.render(code, x), x, y, victim)

@@ -221,7 +221,7 @@ def saved(path: Path) -> dict[str, Any]:
 
 def failed(document: dict[str, Any]) -> bool:
     """Whether a check of an audit failed."""
-    parts = document.get("gradients") or document.get("grades") or [document]
+    parts = next((document[kind] for kind in ("gradients", "grades") if kind in document), [document])
     return any(c["status"] == "fail" for part in parts for c in part["checks"])
 
 

@@ -25,7 +25,7 @@ from benchmark.errors import NotApplicableError, RunError, UsageError
 from benchmark.plan import Plan, plan
 from benchmark.preflight import accuracy_check, failures, preflight
 from benchmark.repeatable import make_repeatable
-from benchmark.results import Run, read_run
+from benchmark.results import Run, logits, read_run
 from benchmark.settings import KNOWN, Settings
 from benchmark.verdict import Judge, classes
 from benchmark.views import View
@@ -81,7 +81,9 @@ class Cell:
             raise UsageError(
                 f"the purifier {described['names']['purifier']} raised {registry.raised(error)}"
             ) from error
-        defense = self.defense = _laid_out(tame.to(self.device), s)
+        self.told = defenses.told(described)
+        given, defense = defense, _laid_out(tame.to(self.device), s, defense, "", self.told)
+        self.defense = defense
         self.stochastic = defense.stochastic
         spec = registry.parse(attack)
         component = registry.load("attacks", spec.name, spec.argument)
@@ -111,8 +113,9 @@ class Cell:
             roots = (Path(s.weights),) if s.weights else ()
             need = checkpoints.Need(self.data.form, norm, roots, s.offline, s.trust)
             g = s.shelf.build("purifiers", other, need)
-            other_defense = Defense(g.module, defense.classifier, copies=defense.copies, combine=defense.combine)
-            self.attacker = _laid_out(other_defense.to(self.device), s)
+            attacker = Defense(g.module, given.classifier, copies=defense.copies, combine=defense.combine)
+            attacker = defenses.tamed(attacker, self.data.images(slice(0, 8)).to(self.device))
+            self.attacker = _laid_out(attacker.to(self.device), s, given, str(g.spec), f"{self.told} {g.weights}")
         self.drawing = defense.stochastic or self.attacker.stochastic  # whether draws differ in the attack's loop
         # who knows the draws that judge averages over all of them
         eot = self.draws if self.view.foreknown else None
@@ -186,7 +189,7 @@ class Cell:
 
     def _noise(self) -> str:
         """How far the noise is decided by seed and image: keyed, by a package's calls, or by the place in a batch."""
-        if defenses.is_foreign(self.defense):
+        if defenses.is_foreign(self.defense) or defenses.is_foreign(self.attacker):
             return "global"
         return "stream" if self.package and self.drawing else "keyed"
 
@@ -330,7 +333,7 @@ class Cell:
         make_repeatable(self.device)
         x, ids = self.data.images(torch.tensor(known)).to(self.device), self.data.ids[known]
         now = Judge(self, Calls(self.folder.begun_rows() or ROWS)).clean(x, ids).cpu()
-        stored = self.folder.logits("clean")
+        stored = logits(self.folder.folder, "clean")
         other = sum(
             _other(logits, stored[i]) if i in stored else classes(logits).tolist() != done[i]["clean"]
             for logits, i in zip(now, ids.tolist(), strict=True)
@@ -442,21 +445,27 @@ def _other(logits: Tensor, stored: np.ndarray) -> bool:
     return not (same and torch.allclose(logits, then, rtol=0, atol=float(1e-3 * scale), equal_nan=True))
 
 
-LAID_OUT: WeakKeyDictionary[Defense, dict[tuple, Defense]] = WeakKeyDictionary()
-"""Copies of defenses that are compiled or have channels last: the caller's own stay as they are."""
+LAID_OUT: WeakKeyDictionary[Defense, dict[tuple, tuple[str, Defense]]] = WeakKeyDictionary()
+"""By the caller's defense, copies that are compiled or have channels last, and what they were made of: the caller's own
+stays as it is."""
 
 
-def _laid_out(defense: Defense, settings: Settings) -> Defense:
-    """The defense, or, where it is to be changed for speed, one copy of it for all cells."""
-    key = (settings.compile, settings.channels_last)
-    if not any(key):
+def _laid_out(defense: Defense, settings: Settings, given: Defense, role: str, told: str) -> Defense:
+    """The defense, or, where it is to be changed for speed, one copy of it for all cells of what the caller gave.
+
+    Args:
+        role: what the defense is to the one that was given: itself, or an attacker's.
+        told: what both are made of now; a copy of what they were is replaced.
+    """
+    if not (settings.compile or settings.channels_last):
         return defense
-    copies = LAID_OUT.setdefault(defense, {})
-    if key not in copies:
-        copies[key] = copy.deepcopy(defense)
+    copies, key = LAID_OUT.setdefault(given, {}), (role, settings.compile, settings.channels_last)
+    if key not in copies or copies[key][0] != told:
+        made = copy.deepcopy(defense)
         if settings.channels_last:
-            copies[key].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return copies[key]
+            made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        copies[key] = told, made
+    return copies[key][1]
 
 
 def _networks(defense: Defense) -> list[nn.Module]:

@@ -48,7 +48,7 @@ def compact(
     runs = [r for r in runs if r["records"]]
     grouped = [(group, evidence.by_attack(group)) for group in sorted(evidence.met(runs), key=_order)]
     chosen: list[evidence.Row] = [(*attacks[-1], group) for group, attacks in grouped]
-    table = report.assembled(chosen, runs, rule, grades(chosen, report.together(runs, beside)))
+    table = report.assembled(chosen, runs, rule, grades(chosen, [*beside, *runs]))
     lines = [
         _line(group, attacks, row, place, rule)
         for (group, attacks), row, place in zip(grouped, table.rows, report.ranked(table), strict=True)

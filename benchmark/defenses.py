@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -77,6 +78,11 @@ def describe(defense: Defense) -> dict[str, Any]:
     names = {part: _named(module) for part, module in parts.items()}
     weights = {part: fingerprint(module) for part, module in parts.items()}
     return {**names, "weights": weights, "names": names}
+
+
+def told(described: dict[str, Any]) -> str:
+    """What identifies a defense, as one text: ``describe`` without what it is called."""
+    return json.dumps({key: value for key, value in described.items() if key != "names"}, sort_keys=True)
 
 
 def built_by_hand(identity: dict[str, Any]) -> bool:

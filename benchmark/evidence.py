@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmark import registry, stats
 from benchmark.errors import UsageError
-from benchmark.files import reading
+from benchmark.results import logits
 
 CELL = (
     *("dataset", "fingerprint", "purifier", "classifier", "weights", "copies", "combine", "norm", "eps"),
@@ -48,12 +48,10 @@ def scores(run: dict[str, Any], records: list[dict[str, Any]], key: str, rule: s
     if rule == "any":
         fact = {"adv": lambda r: r["broken_at"] < 0, "clean": lambda r: r["null_wrong"] == 0}.get(key)
         return np.array([float(fact(r)) for r in records]) if fact and watched(run) else None
-    path = Path(str(run["folder"])) / "logits.npz"
-    if run["names"]["attack"] == WORST or not path.is_file():
+    stored = {} if run["names"]["attack"] == WORST else logits(Path(str(run["folder"])), key)
+    if any(r["id"] not in stored for r in records):
         return None
-    with reading(path), np.load(path) as stored:
-        place = {int(i): k for k, i in enumerate(stored["id"])}
-        mean = stored[key][[place[r["id"]] for r in records]].mean(1)
+    mean = np.stack([stored[r["id"]] for r in records]).mean(1)
     return ((mean.argmax(1) == label) & np.isfinite(mean).all(1)).astype(float)
 
 

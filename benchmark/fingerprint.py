@@ -41,11 +41,12 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def stamp(module: nn.Module) -> tuple:
-    """What changes, in this process, when a module's parts, attributes or parameters are changed; cheap to ask."""
+    """What changes, in this process, when a module's parts, attributes, parameters or buffers are; cheap to ask."""
     parts = dict(module.named_modules())
     plain = [sorted((k, str(v)) for k, v in vars(part).items() if _is_plain(v)) for part in parts.values()]
-    # moving a module to a device gives it new buffers; parameters stay the same tensors
-    return [(name, id(part)) for name, part in parts.items()], plain, [p._version for p in module.parameters()]
+    # moving a module gives it new buffers, which are small, of the same values; parameters stay the same tensors
+    buffers = [_content(buffer.cpu().double(), {}) for buffer in module.buffers()]
+    return [(name, id(part)) for name, part in parts.items()], plain, [p._version for p in module.parameters()], buffers
 
 
 Memo = dict[int, tuple[Any, str]]

@@ -70,7 +70,7 @@ def grades(rows: Sequence[evidence.Row], runs: Iterable[dict[str, Any]]) -> list
     What counts as tried took ``STEPS`` iterations or ``QUERIES`` queries, on ``IMAGES`` of the row's images or all.
     """
     met: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
+    for run in {Path(str(run["folder"])).resolve(): run for run in runs}.values():  # what is named twice speaks once
         if run["records"]:
             met.setdefault(evidence.defense(run), []).append(run)
     known = {str(run["folder"]): _correct(run["records"]) for of in met.values() for run in of}

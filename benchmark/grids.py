@@ -117,6 +117,9 @@ def _names(axis: str, names: dict[str, str], row: dict[str, Any]) -> tuple[str, 
 
 
 def _without(text: str, option: str) -> str:
-    """A spec as it was named, without one of its options."""
-    spec = registry.parse(text)
+    """A spec as it was named, without one of its options; a name that is none stays as it is."""
+    try:
+        spec = registry.parse(text)
+    except UsageError:
+        return text
     return str(replace(spec, options={key: value for key, value in spec.options.items() if key != option}))

@@ -39,7 +39,7 @@ def page(runs: Iterable[dict[str, Any]], beside: Iterable[dict[str, Any]] = ()) 
     budgets = {_name([one]): run["identity"]["budget"] for run, _, of in reversed(worst) for one in of}
     chosen += worst
     leading = {_name(of) for _, _, of in evidence.headline(runs)}
-    graded = grades(chosen, [*runs, *beside])
+    graded = grades(chosen, [*beside, *runs])
     tables = {rule: report.assembled(chosen, runs, rule, graded) for rule in RULES}
     heads = [k for k, (_, _, of) in enumerate(chosen) if _name(of) in leading]
     places = dict(zip(heads, report.ranked(tables["mean"].only(heads)), strict=True))

@@ -77,7 +77,7 @@ Drawing = tuple[str, Callable[[Any], Any], list[dict[str, Any]]]
 
 
 def _drawn(runs: list[dict[str, Any]], beside: Sequence[dict[str, Any]]) -> Iterator[Drawing]:
-    speaking = report.assembled(evidence.headline(runs), [*runs, *beside])
+    speaking = report.assembled(evidence.headline(runs), [*beside, *runs])
     for part in speaking.parts():
         rows = [row for row in speaking.only(part).rows if row["grade"]]
         if not rows:

@@ -14,12 +14,16 @@ from benchmark import checkpoints, data
 from benchmark.defenses import built_by_hand
 from benchmark.errors import UsageError
 from benchmark.files import reading
+from benchmark.foreign import Foreign
 from purifiers import Purifier, Tape
 from purifiers._base import call
 
 
 class Replay(NamedTuple):
-    """Images (B, C, H, W) in [0, 1] of one run, purified as its records' first draws were.
+    """Images (B, C, H, W) in [0, 1] of one run, purified as its records' first draws were; of several copies the first.
+
+    A module that draws from global generators takes its noise from its place in a batch, so it draws as it did, but
+    not the same.
 
     Attributes:
         run: as ``results.read_run`` gives it.
@@ -89,12 +93,18 @@ def replay(
     for part, digest in component.weights.items():
         if identity["weights"].get(f"purifier.{part}") != digest:
             raise UsageError(f"{folder}: {part} of {identity['purifier']} has other weights than the run had")
-    purifier = component.module
     x, x_adv = images.images(torch.tensor(rows)), torch.from_numpy(np.array(stored[rows]))
-    clean, noise = (Tape(identity["seed"], role, images.ids[rows]).draws(1) for role in ("clean", "verdict"))
+    purifier = component.module if isinstance(component.module, Purifier) else Foreign(component.module, x)
+    clean, noise = (_first(Tape(identity["seed"], role, images.ids[rows]), identity) for role in ("clean", "verdict"))
     with torch.no_grad():
         purified, purified_adv, unmoved = (call(purifier, z, n) for z, n in ((x, clean), (x_adv, noise), (x, noise)))
     return Replay(run, records, purifier, noise, x, x_adv, purified, purified_adv, unmoved)
+
+
+def _first(tape: Tape, identity: dict[str, Any]) -> Tape:
+    """The tape of a role's first draw; where several copies are purified, of the first copy."""
+    tape, copies = tape.draws(1), identity["copies"]
+    return tape if copies == 1 else tape.fold("copies", copies).draws(copies)[::copies]
 
 
 def codes(replayed: Replay) -> Tensor | None:

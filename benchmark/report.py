@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +40,7 @@ class Table(NamedTuple):
         runs: the runs that the rows are of.
         rule: one of ``RULES``.
         grades: per row what else is recorded of its defense, and whether it contradicts the row.
+        own: per row whether its attackers took the defense's own gradient.
     """
 
     rows: list[dict[str, Any]]
@@ -48,6 +48,7 @@ class Table(NamedTuple):
     runs: list[dict[str, Any]] = []
     rule: str = "mean"
     grades: list[Grade] = []
+    own: list[bool] = []
 
     def only(self, kept: Sequence[int]) -> Table:
         """Some rows, in this order, with what belongs to them."""
@@ -59,6 +60,7 @@ class Table(NamedTuple):
             [run for run in self.runs if str(run["folder"]) in folders],
             self.rule,
             [self.grades[k] for k in kept] if self.grades else [],
+            [self.own[k] for k in kept] if self.own else [],
         )
 
     def parts(self) -> list[list[int]]:
@@ -98,12 +100,7 @@ def table(
     chosen: list[evidence.Row] = [(run, run["records"], [run]) for run in runs]
     if worst_case:
         chosen += evidence.worst_cases(runs)
-    return assembled(chosen, runs, rule, grades(chosen, together(runs, beside)))
-
-
-def together(runs: Iterable[dict[str, Any]], beside: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs and others, each once by its folder."""
-    return list({Path(str(run["folder"])).resolve(): run for run in [*beside, *runs]}.values())
+    return assembled(chosen, runs, rule, grades(chosen, [*beside, *runs]))
 
 
 def assembled(
@@ -120,7 +117,11 @@ def assembled(
     ]
     graded = grades(chosen, runs) if graded is None else graded
     made = [row(run, records, rule, grade.letter) for (run, records, _), grade in zip(chosen, graded, strict=True)]
-    return Table(made, by_id, runs, rule, graded)
+    own = [
+        any(evidence.own(view, run["identity"]["purifier"]) for view in one["view"].split(", "))
+        for (run, *_), one in zip(chosen, made, strict=True)
+    ]
+    return Table(made, by_id, runs, rule, graded, own)
 
 
 def ranked(table: Table) -> list[int | None]:
@@ -130,8 +131,7 @@ def ranked(table: Table) -> list[int | None]:
     one whose attacker took another gradient than the defense's own.
     """
     groups: dict[tuple, list[int]] = {}
-    for k, (one, scores) in enumerate(zip(table.rows, table.scores, strict=True)):
-        own = any(evidence.own(view, one["purifier"]) for view in one["view"].split(", "))
+    for k, (one, scores, own) in enumerate(zip(table.rows, table.scores, table.own, strict=True)):
         if scores and own and one["grade"] not in ("F", None):
             key = tuple(one[c] for c in ("dataset", "norm", "eps", *PROTOCOL, "seed"))
             groups.setdefault((*key, tuple(sorted(scores))), []).append(k)
@@ -152,9 +152,9 @@ def matched(runs: Iterable[dict[str, Any]], targets: Sequence[float]) -> list[di
     """
     found = []
     families: dict[tuple, list[dict[str, Any]]] = {}
-    for one in rows([run for run in runs if run["records"]]):
-        parsed = registry.parse(one["purifier"])
-        name = f"file:{parsed.argument}" if parsed.name == "file" else one["purifier"].split(":")[0]
+    for run in [run for run in runs if run["records"]]:
+        one, spec = row(run, run["records"]), registry.parse(run["identity"]["purifier"])
+        name = f"file:{spec.argument}" if spec.name == "file" else spec.name
         families.setdefault((one["dataset"], name, one["classifier"]), []).append(one)
     for (_, name, _), settings in families.items():
         tried = len({one["purifier"] for one in settings})

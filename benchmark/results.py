@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from fractions import Fraction
 from functools import lru_cache
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from benchmark.config import Identity, slug
 from benchmark.environment import commit
@@ -75,6 +75,7 @@ class Run:
         """Begin, or check that the folder holds this very run, and make room for n examples."""
         self.settings["environment"]["rows"] = rows
         with self._alone(), writing(self.folder):
+            self._mend()
             self.check_identity()
             path = self.folder / "run.json"
             if path.exists():
@@ -83,27 +84,18 @@ class Run:
             self._room(n, shape)
 
     def discard(self) -> None:
-        """Remove what was opened and holds no finished example, of this process or another."""
-        if not any(any(self.folder.glob(kind)) for kind in ("journal*.jsonl", "records.jsonl", "state*.pt")):
+        """Remove what was opened, holds no finished example, and is no other process's place of work."""
+        if any(any(self.folder.glob(kind)) for kind in ("journal*.jsonl", "records.jsonl", "state*.pt")):
+            return
+        with ExitStack() as held, suppress(Timeout):
+            for lock in self.folder.glob(".work*.lock"):
+                if lock.name != self.lock:
+                    held.enter_context(FileLock(lock, timeout=0))
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def done(self) -> dict[int, dict[str, Any]]:
-        """The finished examples by id; a torn last line is dropped from the journal."""
-        path = self.folder / self.journal
-        raw = path.read_bytes() if path.exists() else b""
-        if not raw.endswith(b"\n") and raw:
-            with writing(self.folder):
-                replace(path, raw[: raw.rfind(b"\n") + 1].decode())
+        """The finished examples by id."""
         return _records(self.folder)
-
-    def logits(self, key: str) -> dict[int, np.ndarray]:
-        """The logits of some draws by example, as far as they are at hand: "clean", "adv", "select" or "random"."""
-        found: dict[int, np.ndarray] = {}
-        for path in (self.folder / "logits.npz", *sorted((self.folder / "logits").glob("*.npz"))):
-            if path.is_file():
-                with reading(path), np.load(path) as piece:
-                    found.update(zip(piece["id"].tolist(), piece[key], strict=True))
-        return found
 
     def write(self, rows: list[int], records: list[dict[str, Any]], x_adv: np.ndarray, logits: dict) -> None:
         """Finish the examples at positions ``rows``: images and logits first, then their lines, flushed to disk."""
@@ -196,6 +188,13 @@ class Run:
         """No other process opens or ends the run meanwhile."""
         return FileLock(self.folder / ".lock")
 
+    def _mend(self) -> None:
+        """Cut off what a kill left of a last line in this process's journal, so that the next begins on its own."""
+        path = self.folder / self.journal
+        raw = path.read_bytes() if path.exists() else b""
+        if raw and not raw.endswith(b"\n"):
+            replace(path, raw[: raw.rfind(b"\n") + 1].decode())
+
     def _begun(self) -> bool:
         """Whether anything was found or is under way."""
         return bool(self.done()) or any(self.folder.glob("state*.pt"))
@@ -278,6 +277,16 @@ def distinct(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         if key not in found or len(run["records"]) > len(found[key]["records"]):
             found[key] = run
     return list(found.values())
+
+
+def logits(folder: Path, key: str) -> dict[int, np.ndarray]:
+    """A run's logits of some draws by example, as far as they are at hand: "clean", "adv", "select" or "random"."""
+    found: dict[int, np.ndarray] = {}
+    for path in (folder / "logits.npz", *sorted((folder / "logits").glob("*.npz"))):
+        if path.is_file():
+            with reading(path), np.load(path) as piece:
+                found.update(zip(piece["id"].tolist(), piece[key], strict=True))
+    return found
 
 
 def read_run(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from attacks._precision import set_tf32
 from benchmark import checkpoints, data, registry
 from benchmark.errors import UsageError
-from benchmark.files import sole
+from benchmark.files import replace, sole
 from benchmark.measure import MOST, SPLITS, measure
 from benchmark.recipes import ADVERSARIES, LARGER, Recipe, larger, ordered, recipes
 from benchmark.samples import samples
@@ -126,7 +126,7 @@ def train(
         card["larger"] = {"recipe": asdict(recipes(LARGER)[bigger]), "command": command}
     if recipe.kind == "purifiers":
         samples(module.eval(), images.form, folder / "samples.png")  # type: ignore[arg-type]
-    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    replace(folder / "card.json", json.dumps(card, indent=2) + "\n")
     (folder / "state.pt").unlink(missing_ok=True)
     return folder
 

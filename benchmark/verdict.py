@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from benchmark.cell import Cell
 
 AT_X: WeakKeyDictionary[Defense, dict[tuple, dict[int, Tensor]]] = WeakKeyDictionary()
-"""Logits at the unperturbed images and under random perturbations, by defense: all cells of a grid share them. Of the
-many null draws the classes."""
+"""Logits at the unperturbed images and under random perturbations, by defense and what it was made of: all cells of a
+grid share them. Of the many null draws the classes."""
 
 
 class Judged(NamedTuple):
@@ -116,7 +116,7 @@ class Judge:
         """Draws at x or around it: keyed noise makes them the same in every cell of a defense, so they are kept."""
         cell = self.cell
         threat = (cell.threat.norm, cell.identity.eps) if control else ()
-        key = (str(x.device), cell.identity.fingerprint, cell.settings.seed, cell.rows, role, *threat)
+        key = (cell.told, str(x.device), cell.identity.fingerprint, cell.settings.seed, cell.rows, role, *threat)
         kept = AT_X.setdefault(cell.defense, {}).setdefault(key, {})
         missing = [k for k, i in enumerate(ids.tolist()) if i not in kept or len(kept[i]) < count]
         if missing:

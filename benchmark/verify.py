@@ -126,10 +126,9 @@ def _adversarial(run: dict[str, Any], cell: Cell | None) -> Check:
         stored = np.load(path, mmap_mode="r")
     except (ValueError, OSError) as error:
         return Check("adversarial", "fail", str(error), expected, f"{path} is damaged: attack again")
-    eps = float(Fraction(identity["eps"]))
     by_id = {r["id"]: r for r in run["records"]}
     farthest = max((r["distance"] for r in by_id.values()), default=0.0)
-    good = len(stored) >= len(by_id) and farthest <= eps * (1 + 1e-5)
+    good = len(stored) >= len(by_id) and Fraction(farthest) <= Fraction(identity["eps"])
     if good and cell is not None:
         rows = [k for k, i in enumerate(cell.data.ids.tolist()[: len(stored)]) if i in by_id]
         x_adv, x = torch.from_numpy(np.array(stored[rows])), cell.data.images(torch.tensor(rows, dtype=torch.long))
@@ -153,11 +152,11 @@ def _differing(run: dict[str, Any], cell: Cell) -> list[str]:
 def _defense(run: dict[str, Any], cell: Cell) -> Check:
     differing = _differing(run, cell)
     names, identity = run["names"], run["identity"]
-    differing += [
-        f"names.{kind}"
-        for kind in ("purifier", "classifier")
-        if not registry.parse(identity[kind]).name.startswith(registry.parse(names[kind]).name)
-    ]
+    for kind in ("purifier", "classifier"):
+        # its author may call it as they like, but by no other's name
+        called = names[kind].partition(":")[0].partition(",")[0]
+        if called in registry.names(f"{kind}s") and called != registry.parse(identity[kind]).name:
+            differing.append(f"names.{kind}")
     if _unversioned(names["display"]) != _unversioned(cell.names["display"]):
         differing.append("names.display")
     advice = "what is at hand isn't what was attacked: the same weights, files and version of this benchmark are needed"

@@ -241,11 +241,13 @@ class Defense(nn.Module):
         logits = logits.unflatten(0, (-1, self.copies))
         if self.combine == "logits":
             return logits.mean(1)
+        finite = logits.isfinite().all(-1).all(1, keepdim=True)
         if self.combine == "probabilities":
-            return logits.log_softmax(-1).logsumexp(1) - torch.tensor(float(self.copies), dtype=x.dtype).log()
+            shares = logits.log_softmax(-1).logsumexp(1) - torch.tensor(float(self.copies), dtype=x.dtype).log()
+            return shares.where(finite, torch.nan)
         votes = nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(x.dtype).mean(1)
         votes = votes + logits.softmax(-1).mean(1) / (2 * self.copies)  # less than a vote: a tie goes by it
-        return votes.clamp_min(torch.finfo(x.dtype).tiny).log()
+        return votes.clamp_min(torch.finfo(x.dtype).tiny).log().where(finite, torch.nan)
 
     def bind(self, noise: Noise) -> Bound:
         """The defense with its noise decided: a module x → logits, for tools that know nothing of tapes."""

@@ -79,7 +79,7 @@ class Ladder(nn.Module):
 
     Args:
         channels: of the images.
-        side: of the images, which are padded with black to a multiple of 2 · ``sides[-1]``.
+        side: of the images, which are padded with black to twice the next power of 2 of half of it.
         width: channels inside.
         groups: (resolution, latents) of every group, resolutions rising, powers of 2.
     """

@@ -118,6 +118,20 @@ def test_an_attack_on_a_stochastic_defense_stays_inside_and_leaves_no_trace(name
     assert ((-1 <= found.broken_at) & (found.broken_at < max(attack.evaluations(True), 1))).all()
 
 
+@pytest.mark.parametrize("name, norm", searching(ATTACKS))
+def test_a_step_leaves_the_state_before_it_as_it_was(name, norm, make):
+    """An interrupt in the middle of a step saves the state before it, and the step is taken again."""
+    defense = Defense(make(("vae", {})).float(), classifier().float())
+    x, y, states = images(3, dtype=torch.float32), torch.arange(3), []
+
+    def watch(k, state):
+        states.append((state, {key: value.clone() for key, value in state.items()}))
+        for old, kept in states:
+            assert old.keys() == kept.keys() and all(torch.equal(old[key], kept[key]) for key in kept)
+
+    small(name, steps=3).perturb(x, y, victim_of(defense, torch.arange(3)), NORMS[norm](EPS[norm]), watch=watch)
+
+
 @pytest.mark.parametrize("view", ["bpda", "blind", "surrogate", "attacker"])
 @every_attack
 def test_an_attack_takes_every_view_and_attacker(name, view, make):

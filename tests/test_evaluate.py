@@ -551,10 +551,25 @@ def test_a_loaded_defense_that_was_changed_is_no_longer_the_one_that_was_loaded(
         lambda d: next(d.classifier.parameters()).zero_(),
         lambda d: setattr(d, "classifier", loaded().classifier),
         lambda d: setattr(d.purifier, "temperature", 3.0),
+        lambda d: next(d.classifier.buffers()).normal_(),
     ):
         defense = loaded()
         change(defense)
         assert defenses.describe(defense)["weights"] != described["weights"]
+
+
+@pytest.mark.parametrize("choices", [{}, {"channels_last": True}])
+def test_a_defense_whose_weights_change_between_two_evaluations_is_judged_anew(tmp_path, choices):
+    """A training loop that evaluates: neither draws at x nor a copy with channels last outlive the weights."""
+    defense = Defense(Linear(sigma=1e-3), nn.Sequential(nn.Flatten(), nn.Linear(DIMENSIONS, 3)))
+    settings = {"attack": "identity", "eps": "1/640", "n": 8, "out": tmp_path, "quiet": True} | choices
+    x, _ = gaussian(8)
+    y = defense.classifier(x).argmax(1)
+    before = evaluate(defense, (x, y), **settings).rows[0]
+    defense.classifier.load_state_dict({k: -v for k, v in defense.classifier.state_dict().items()})
+    after = evaluate(defense, (x, y), **settings).rows[0]
+    for key in ("clean", "robust", "random_control"):
+        assert before[key] > 0.9 and after[key] < 0.1, key
 
 
 class Says(nn.Module):
