@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from attacks import NORMS, VIEWS, Attack, AttackError, Calls, NotApplicable, Victim
+from attacks._package import Model
+from attacks._views import Exact
 from benchmark import registry
 from purifiers import Defense, Tape
 from tests.conftest import SHAPE, Linear, classifier, images, undefended
@@ -130,6 +132,20 @@ def test_a_step_leaves_the_state_before_it_as_it_was(name, norm, make):
             assert old.keys() == kept.keys() and all(torch.equal(old[key], kept[key]) for key in kept)
 
     small(name, steps=3).perturb(x, y, victim_of(defense, torch.arange(3)), NORMS[norm](EPS[norm]), watch=watch)
+
+
+def test_a_package_recomputes_what_memory_does_not_hold(make):
+    """A deterministic defense under a package's attack: its stages run a second time where no graph is kept."""
+    purifier = make(("vae", {})).float()
+    seen, finish = [], purifier.finish
+    purifier.finish = lambda *given: (seen.append(0), finish(*given))[1]
+    x = images(2, dtype=torch.float32).requires_grad_()
+    for keep, runs in ((None, 1), (0, 2)):
+        victim = victim_of(Defense(purifier, classifier().float()), torch.arange(2), stochastic=False)
+        victim.view = Exact(keep=keep)
+        seen.clear()
+        Model(victim, x.device)(x).sum().backward()
+        assert len(seen) == runs
 
 
 @pytest.mark.parametrize("view", ["bpda", "blind", "surrogate", "attacker"])

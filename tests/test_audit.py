@@ -167,3 +167,8 @@ def test_a_difference_of_the_detectable_size_is_noticed_in_four_of_five_cases():
 def test_holm_by_hand():
     assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert stats.holm([0.5, 0.9]) == [1.0, 1.0] and stats.holm([]) == []
+
+
+def test_an_audit_of_runs_without_a_grade_fails_nothing():
+    assert not audit.failed({"grades": []}) and not audit.failed({"gradients": []})
+    assert audit.failed({"grades": [{"checks": [{"status": "fail"}]}]})

@@ -221,6 +221,18 @@ def test_a_copy_that_is_not_finite_leaves_nothing_of_its_image(combine):
     assert logits[0].isfinite().all() and logits[1].isnan().all()
 
 
+@pytest.mark.parametrize("combine", Defense.COMBINE)
+def test_a_copy_without_finite_logits_leaves_nothing_of_the_row(combine):
+    class Broken(torch.nn.Module):
+        def forward(self, x):
+            logits = torch.tensor([5.0, 1.0, 0.0]).repeat(len(x), 1)
+            logits[1, 2] = -torch.inf
+            return logits
+
+    logits = Defense(torch.nn.Identity(), Broken(), copies=2, combine=combine)(torch.zeros(2, 1, 4, 4))
+    assert not logits[0].isfinite().all() and logits[1].isfinite().all()
+
+
 def test_a_tied_vote_goes_to_the_class_that_is_likelier():
     class Split(torch.nn.Module):
         def forward(self, x):  # of two copies one is nearly sure of class 2, the other just prefers class 0

@@ -31,7 +31,7 @@ from benchmark import (
 )  # fmt: skip
 from benchmark.cell import Incomplete, Result
 from benchmark.errors import RunError, UsageError
-from benchmark.results import find_runs
+from benchmark.results import find_runs, read_run
 from classifiers import Classifier
 from classifiers.resnet import ResNet
 from purifiers import Defense, Noise, Purifier, Tape
@@ -940,3 +940,41 @@ def test_an_attacker_who_knows_the_draws_that_judge_finds_more_and_is_marked(tmp
     with pytest.raises(UsageError, match="draws its own noise"):
         evaluate(Defense(Compass(), ReadsTheCompass()), (x, y), "autoattack:version=rand,backend=pyautoattack",
                  view="exact:noise=verdict", **settings)  # fmt: skip
+
+
+# --- attackers
+
+
+def test_an_attacker_that_draws_globally_is_seeded_and_said(tmp_path):
+    """Another purifier's gradient: its draws repeat, and the run says that they depend on their places in a batch."""
+    file = tmp_path / "noisy.py"
+    file.write_text(
+        "import torch\n\n\nclass Noisy(torch.nn.Module):\n    def forward(self, x):\n"
+        "        return (x + 0.3 * torch.randn_like(x)).clamp(0, 1)\n\n\ndef make():\n    return Noisy()\n"
+    )
+    settings = {"eps": "1/64", "n": 8, "quiet": True, "view": "bpda", "attacker": f"file:{file}:make"}
+    defense = Defense(Linear(sigma=0), TwoLogits())
+    first, second = (evaluate(defense, gaussian(8), "pgd:steps=2", out=tmp_path / k, **settings) for k in "ab")
+    assert torch.equal(first.adversarial, second.adversarial)
+    assert json.loads((first.folder / "run.json").read_text())["noise"] == "global"
+    assert "EOT" in first.rows[0]["display"]
+
+
+def test_the_encoder_is_attacked_in_float64_too(tmp_path):
+    result = evaluate(
+        load("vae"), attack="encoder:steps=2,eot=1", n=2, eps="8/255", precision="float64", out=tmp_path, quiet=True,
+        draws=2, preflight=False,
+    )  # fmt: skip
+    assert 0 < result.records[0]["distance"] <= 8 / 255
+
+
+def test_mean_logits_are_unknown_where_some_are_missing(tmp_path):
+    defense = Defense(Linear(sigma=1e-3), TwoLogits())
+    settings = {"attack": "pgd:steps=1", "eps": "1/64", "quiet": True, "out": tmp_path, "draws": 2}
+    folder = evaluate(defense, gaussian(8), n=4, **settings).folder
+    some = (folder / "logits.npz").read_bytes()
+    evaluate(defense, gaussian(8), n=8, **settings)
+    run = read_run(folder)
+    assert report.rows([run], rule="mean-logits")[0]["robust"] is not None
+    (folder / "logits.npz").write_bytes(some)
+    assert report.rows([run], rule="mean-logits")[0]["robust"] is None

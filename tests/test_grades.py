@@ -94,6 +94,10 @@ def test_a_surrogate_stands_for_no_attack_where_there_is_an_exact_gradient():
         assert (status(graded(run), "gradients") == "pass") == counts
         table = report.table([run, made(0.4, purifier=purifier, classifier="resnet-at", view=view)])
         assert (report.ranked(table) != [None, None]) == counts
+    copied = [made(right, purifier="jpeg", view="surrogate:gradient=soft", copies=3) for right in (0.5, 0.4)]
+    copied[1]["names"]["purifier"] = "Our JPEG, tuned"
+    copied[1]["identity"]["classifier"] = "resnet-at"
+    assert None not in report.ranked(report.table(copied)), "copies or a name of one's own change no view"
     with_, without = made(0.5, view="surrogate:gradient=mean"), made(0.6)
     row = (*evidence.worst_of([with_, without]), [with_, without])
     table = report.assembled([row, (without, without["records"], [without])], [with_, without])
@@ -244,6 +248,12 @@ def test_rows_carry_the_letter_and_no_ranking_counts_an_f():
     table = report.table([made(0.5), made(0.4, purifier="diffpure"), made(0.9, purifier="jpeg", random=0.1)])
     assert report.ranked(table) == [1, 2, None] or report.ranked(table) == [1, 1, None]
     assert "jpeg" in compact(runs)
+
+
+def test_a_run_that_is_named_twice_speaks_once():
+    runs = [made(0.5), made(0.45, attack="square"), made(0.4, attack="autoattack")]
+    rows = [(runs[0], runs[0]["records"], [runs[0]])]
+    assert grades.grades(rows, [*runs, *runs]) == grades.grades(rows, runs)
 
 
 def test_an_attack_with_options_of_its_own_is_in_the_worst_case_of_the_budget_beside_it():

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from benchmark import engine, evaluate, files, report, results, writers
-from benchmark.cell import Incomplete
+from benchmark.cell import Cell, Incomplete
 from benchmark.errors import RunError, UsageError
+from benchmark.settings import Settings
 from purifiers import Defense
 from tests.test_evaluate import Linear, TwoLogits, gaussian
 
@@ -312,6 +313,34 @@ def test_what_another_process_is_at_work_on_is_not_done_twice(tmp_path, run):
     with files.sole(folder / ".work.1-of-2.lock", ""), pytest.raises(RunError, match="another process"):
         run("out", shard="1/2")
     assert outcome(run("out")) == outcome(run("at once"))
+
+
+def test_a_look_at_a_run_leaves_a_line_that_is_being_written(tmp_path, run, tiny_defense, tiny_images):
+    folder = run("seen")
+    lines = (folder / "records.jsonl").read_bytes()
+    (folder / "records.jsonl").unlink()
+    with (folder / "journal.jsonl").open("wb", buffering=0) as at_work:
+        at_work.write(lines[:-40])
+        looking = Settings(eps="32/255", draws=3, n=8, quiet=True, out=tmp_path / "seen")
+        assert Cell(tiny_defense, tiny_images, NATIVE[0], looking).left() == [7]
+        at_work.write(lines[-40:])
+    assert outcome(run("seen"))["records.jsonl"] == lines
+
+
+def test_what_is_discarded_is_no_place_where_another_shard_works(tmp_path, run, tiny_defense, tiny_images):
+    settings = {"eps": "32/255", "draws": 3, "n": 64, "quiet": True, "out": tmp_path / "shared"}
+    one, other = (
+        Cell(tiny_defense, tiny_images, NATIVE[0], Settings(shard=f"{k}/2", **settings)).folder for k in (1, 2)
+    )
+    with one.at_work():
+        one.open(64, (1, 28, 28), rows=32)
+        with other.at_work():
+            other.open(64, (1, 28, 28), rows=32)
+            other.discard()
+        assert (one.folder / "run.json").exists()
+    with other.at_work():
+        other.discard()
+    assert not one.folder.exists()
 
 
 def test_who_opens_a_shared_run_first_decides_its_rows_for_all(tmp_path, run):

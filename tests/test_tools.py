@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import benchmark
-from benchmark import checkpoints, cli, data, loaders, registry
+from benchmark import checkpoints, cli, data, load, loaders, registry
 from benchmark import recipes as recipe_book
 from benchmark.errors import UsageError
 from benchmark.gallery import gallery
@@ -25,6 +25,7 @@ from benchmark.results import find_runs
 from benchmark.spectra import draw, spectrum
 from benchmark.train import train
 from purifiers import Tape
+from purifiers._base import call
 from tests.test_train import needs_full
 
 DATASET = "fashion-mnist"
@@ -163,6 +164,21 @@ def test_a_replay_is_the_first_draw_of_the_records(runs, purifier, key):
     stored = torch.tensor(np.load(Path(run["folder"]) / "logits.npz")[key])
     assert torch.allclose(logits, stored[:, 0], atol=1e-3)
     assert not run["stochastic"] or not torch.allclose(stored[:, 0], stored[:, 1], atol=1e-2)
+
+
+def test_a_replay_of_copies_is_their_first(tmp_path):
+    assert attacked(tmp_path, "vae", "--n-examples", "2", "--attack", "pgd:steps=1", "--copies", "3") == cli.DONE
+    (run,) = find_runs([tmp_path])
+    replayed, seen = replay(run, 2), []
+
+    def purify(purifier, images, noise):
+        seen.append(call(purifier, images, noise))
+        return seen[-1]
+
+    tape = Tape(0, "clean", torch.arange(2)).draws(1)
+    load("vae", classifier="resnet", dataset=DATASET, copies=3)(replayed.x, tape, purify)
+    assert torch.allclose(replayed.purified, seen[0][::3], atol=1e-6)
+    assert not torch.allclose(replayed.purified, seen[0][1::3], atol=1e-2)
 
 
 def test_a_replay_holds_the_images_that_were_attacked(runs):

@@ -64,6 +64,14 @@ def test_a_run_of_this_machine_comes_out_the_same(run, tmp_path):
     assert set(statuses(run, tmp_path).values()) == {"pass"}
 
 
+@pytest.mark.parametrize("called", ["Ours, tuned", "Ours", "PurifyNet (ours): t=2"])
+def test_a_run_may_bear_a_name_of_its_own(run, tmp_path, called):
+    rewritten(run / "run.json", lambda run: run["names"].update(purifier=called))
+    assert set(statuses(run, tmp_path).values()) == {"pass"}
+    for words in (["--match", "0.8"], ["--figures", "--out", str(tmp_path / "figures")], ["--compact"]):
+        assert cli.main(["report", str(run), *words]) == cli.DONE
+
+
 def test_a_prediction_that_was_changed_is_found(run, tmp_path):
     rewritten(run / "records.jsonl", lambda record: record["adv"].__setitem__(0, record["label"] ^ 1))
     found = statuses(run, tmp_path)
