@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 
 
+class NotApplicable(ValueError):
+    """A view or an attack asks a purifier for what it doesn't have."""
+
+
 class Adjoint:
     """Forward the purifier's Euler-Maruyama chain; backward torchsde's stochastic adjoint, to reproduce DiffPure.
 
@@ -36,8 +40,6 @@ class Adjoint:
         pass
 
     def __call__(self, purifier: nn.Module, x: Tensor, noise: Any) -> Tensor:
-        from attacks._views import NotApplicable  # here, because _views names this view
-
         sde = purifier.sde() if hasattr(purifier, "sde") else None  # type: ignore[operator]
         if sde is None:
             raise NotApplicable("adjoint needs a purifier that integrates an SDE, e.g. diffpure:rule=sde")

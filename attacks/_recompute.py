@@ -118,7 +118,7 @@ class Footprint(NamedTuple):
 
     def rows(self, most: int, budget: float) -> int:
         """The most rows, a multiple of 32 up to ``most``, at which a fully recomputed gradient fits; 0 if none."""
-        return min(most, int(min(budget / max(self.least, 1), most)) // ROWS * ROWS)
+        return int(min(budget / max(self.least, 1), most)) // ROWS * ROWS
 
 
 def footprint(defense: nn.Module, x: Tensor, noise: Any, view: Any, *, staged: bool) -> Footprint:

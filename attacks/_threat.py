@@ -113,7 +113,7 @@ class Linf(ThreatModel):
         return (x + self.bound * (2 * noise.uniform("start", like=x) - 1)).clamp(0, 1)
 
     def extreme(self, x: Tensor, noise: Any) -> Tensor:
-        return self.enforce(x + self.bound * torch.where(noise.uniform("control", like=x) < 0.5, -1.0, 1.0).to(x), x)
+        return self.enforce(x + self.bound * random_signs(noise, "control", like=x), x)
 
     def _shrink(self, x_adv: Tensor, x: Tensor) -> Tensor:
         outside = (x_adv.double() - x.double()).abs() > self.bound
@@ -196,12 +196,15 @@ class Flow(ThreatModel):
         return self.bound * (2 * noise.uniform("start", like=self.origin(x)) - 1)
 
     def extreme(self, x: Tensor, noise: Any) -> Tensor:
-        origin = self.origin(x)
-        signs = torch.where(noise.uniform("control", like=origin) < 0.5, -1.0, 1.0).to(x)
-        return self.enforce(self.bound * signs, x)
+        return self.enforce(self.bound * random_signs(noise, "control", like=self.origin(x)), x)
 
     def _shrink(self, x_adv: Tensor, x: Tensor) -> Tensor:
         return torch.where(x_adv.double().abs() > self.bound, _nearer(x_adv, torch.zeros_like(x_adv)), x_adv)
+
+
+def random_signs(noise: Any, *site: str | int, like: Tensor) -> Tensor:
+    """Random signs of the shape, dtype and device of ``like``."""
+    return torch.where(noise.uniform(*site, like=like) < 0.5, -1.0, 1.0).to(like)
 
 
 def _length(delta: Tensor) -> Tensor:

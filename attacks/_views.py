@@ -12,15 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attacks._adjoint import Adjoint
+from attacks._adjoint import Adjoint, NotApplicable
 from attacks._nest import emptied, filled
 from attacks._recompute import staged
 
 View = Callable[[nn.Module, Tensor, Any], Tensor]
-
-
-class NotApplicable(ValueError):
-    """A view or an attack asks a purifier for what it doesn't have."""
 
 
 class Exact:

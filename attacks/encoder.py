@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from attacks._adjoint import NotApplicable
 from attacks._gradient import Evaluation, Victim
-from attacks._views import NotApplicable, Watched
+from attacks._views import Watched
 from attacks.pgd import PGD
 
 

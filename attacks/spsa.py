@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attacks._gradient import Evaluation, Victim
+from attacks._threat import random_signs
 from attacks.pgd import PGD
 
 
@@ -58,8 +59,7 @@ class SPSA(PGD):
         look = partial(victim.evaluate, eot=self.eot, gradient=False)
         gradient = torch.zeros_like(x_adv)
         for sample in range(self.samples):
-            signs = victim.tape.fold("spsa", k, sample).uniform("signs", like=x_adv)
-            probe = self.delta * torch.where(signs < 0.5, -1.0, 1.0).to(x_adv)
+            probe = self.delta * random_signs(victim.tape.fold("spsa", k, sample), "signs", like=x_adv)
             up, down = (look((x_adv + end * probe).clamp(0, 1), y, self.loss, "spsa", k) for end in (1, -1))
             gradient += (up.loss - down.loss).view(-1, 1, 1, 1) * probe
         apart = (x_adv + self.delta).clamp(0, 1) - (x_adv - self.delta).clamp(0, 1)  # of a probe's two ends

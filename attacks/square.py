@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attacks._gradient import Victim
 from attacks._search import RandomSearch
-from attacks._threat import ThreatModel
+from attacks._threat import ThreatModel, random_signs
 
 
 class Square(RandomSearch):
@@ -50,11 +50,6 @@ class Square(RandomSearch):
         return min(max(round((share * pixels) ** 0.5), 1), shorter)
 
 
-def _signs(noise: Any, *site: str | int, like: Tensor) -> Tensor:
-    """Random signs of the shape of ``like``."""
-    return torch.where(noise.uniform(*site, like=like) < 0.5, -1.0, 1.0).to(like)
-
-
 def _place(noise: Any, site: str, x: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """Rows and columns of one random square per image: indices of shape (B, 1, side, 1) and (B, 1, 1, side)."""
     first = x[:, :1, :1, :1]
@@ -69,14 +64,14 @@ def _place(noise: Any, site: str, x: Tensor, side: int) -> tuple[Tensor, Tensor]
 def _squares(x_adv: Tensor, x: Tensor, eps: float, side: int, noise: Any, *, first: bool) -> Tensor:
     """Linf: x ± eps within a square, or at first in vertical stripes."""
     if first:
-        return x + eps * _signs(noise, "stripes", like=x[:, :, :1, :])
+        return x + eps * random_signs(noise, "stripes", like=x[:, :, :1, :])
     rows, columns = _place(noise, "square", x, side)
     grid_rows = torch.arange(x.shape[-2], device=x.device).view(1, 1, -1, 1)
     grid_columns = torch.arange(x.shape[-1], device=x.device).view(1, 1, 1, -1)
     inside = ((grid_rows >= rows[:, :, :1]) & (grid_rows <= rows[:, :, -1:])) & (
         (grid_columns >= columns[..., :1]) & (grid_columns <= columns[..., -1:])
     )
-    return torch.where(inside, x + eps * _signs(noise, "signs", like=x[:, :, :1, :1]), x_adv)
+    return torch.where(inside, x + eps * random_signs(noise, "signs", like=x[:, :, :1, :1]), x_adv)
 
 
 def _peaks(x_adv: Tensor, x: Tensor, eps: float, side: int, noise: Any, *, first: bool) -> Tensor:
@@ -87,7 +82,7 @@ def _peaks(x_adv: Tensor, x: Tensor, eps: float, side: int, noise: Any, *, first
         delta = torch.zeros_like(x)
         for r in range(0, height - tile + 1, tile):
             for c in range(0, width - tile + 1, tile):
-                signs = _signs(noise, "grid", r, c, like=x[:, :, :1, :1])
+                signs = random_signs(noise, "grid", r, c, like=x[:, :, :1, :1])
                 delta[:, :, r : r + tile, c : c + tile] = signs * _pattern(tile, noise.fold(r, c), x)
         return x + eps * delta / _norm(delta, (1, 2, 3))
     side = max(side, min(3, height, width))
@@ -104,7 +99,7 @@ def _peaks(x_adv: Tensor, x: Tensor, eps: float, side: int, noise: Any, *, first
     available = (held.clamp_min(0) + unused / channels).sqrt()
     own = nu[into]
     pattern = _pattern(side, noise, x)
-    signs = _signs(noise, "signs", like=x[:, :, :1, :1])
+    signs = random_signs(noise, "signs", like=x[:, :, :1, :1])
     shape = signs * pattern / _norm(pattern, (2, 3)) + own / _norm(own, (2, 3))
     cleared[into] = shape / _norm(shape, (2, 3)) * available
     return x + cleared

@@ -14,6 +14,7 @@ from attacks._gradient import ce
 from attacks._views import Exact, View
 from benchmark.foreign import Foreign
 from purifiers import Defense, Tape
+from purifiers._base import call
 
 
 class Check(NamedTuple):
@@ -81,10 +82,10 @@ def preflight(
     asked: set[tuple] = set()
     with torch.no_grad():
         try:
-            purified = _purify(defense, images, Recording(tape, asked))
+            purified = call(defense.purifier, images, Recording(tape, asked))
             repeated = ""
         except RepeatedSite as error:
-            purified, repeated = _purify(defense, images, tape), str(error)
+            purified, repeated = call(defense.purifier, images, tape), str(error)
         if purified.shape != images.shape or purified.dtype != images.dtype:
             return [_check(
                 "shape", False, f"{tuple(purified.shape)} {purified.dtype}", f"{tuple(images.shape)} {images.dtype}",
@@ -247,12 +248,6 @@ def _gradient(losses: Tensor, images: Tensor) -> Tensor:
         return torch.zeros_like(images)
     (gradient,) = torch.autograd.grad(losses.sum(), images, allow_unused=True, materialize_grads=True)
     return gradient
-
-
-def _purify(defense: Defense, x: Tensor, tape: Tape) -> Tensor:
-    from purifiers._base import call
-
-    return call(defense.purifier, x, tape)
 
 
 def _check(name: str, good: bool, value: float | str, threshold: float | str, advice: str) -> Check:

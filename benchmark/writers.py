@@ -123,7 +123,7 @@ def _markdown(table: Table, columns: Sequence[str] = ()) -> str:
     lines = []
     for part in table.parts():
         these = table.only(part)
-        lines += [wording.facts(these), "", *(_plain if columns else _lines)(these.rows, columns), ""]
+        lines += [wording.facts(these), "", *(_plain(these.rows, columns) if columns else _lines(these.rows)), ""]
     lines += [
         wording.accuracy(table) if columns else wording.explained(table),
         *_packages(table.runs),
@@ -176,7 +176,7 @@ def _plain(rows: list[dict[str, Any]], columns: Sequence[str]) -> list[str]:
     return grid([wording.titled(c) for c in columns], [[wording.cell(row, c) for c in columns] for row in rows])
 
 
-def _lines(rows: list[dict[str, Any]], _: Sequence[str] = ()) -> list[str]:
+def _lines(rows: list[dict[str, Any]]) -> list[str]:
     """One Markdown table, head and rows."""
     head = (
         "purifier | classifier | attack | view | norm | eps | n | draws | clean % [95 %] | robust % [95 %] | "

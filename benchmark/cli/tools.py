@@ -74,19 +74,14 @@ def listed(arguments: argparse.Namespace) -> int:
         entries = [_describe("attacks", name, {}) for name in registry.names("attacks")]
     else:
         family = data.form(arguments.dataset).family
-        cards = checkpoints.cards(family, roots)
-        entries = [
-            _describe(arguments.kind, name, json.loads(cards[name].read_text()) if name in cards else {})
-            for name in checkpoints.names(arguments.kind, family, roots)
-        ]
+        cards = {name: checkpoints.read_card(path) for name, path in checkpoints.cards(family, roots).items()}
+        names = checkpoints.names(arguments.kind, family, roots)
+        entries = [_describe(arguments.kind, name, cards.get(name, {})) for name in names]
         if arguments.kind == "purifiers":
             need = checkpoints.Need(data.form(arguments.dataset), roots=tuple(roots))
             entries = [entry | _abilities(checkpoints.build("purifiers", entry["name"], need)) for entry in entries]
             for entry in entries:  # weights may have another dial than their component
-                recipe = (
-                    json.loads(cards[entry["name"]].read_text()).get("recipe", {}) if entry["name"] in cards else {}
-                )
-                entry["dial"] = recipe.get("dial") or entry["dial"]
+                entry["dial"] = cards.get(entry["name"], {}).get("recipe", {}).get("dial") or entry["dial"]
     if arguments.kind == "classifiers":
         entries += zoo.listing(family)
     if arguments.json:
