@@ -170,8 +170,8 @@ def black_box(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {"pairs": pairs, "checks": [check._asdict()]}
 
 
-def graded(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """What the grade of each defense rests on, of the runs that speak for it.
+def graded(runs: Iterable[dict[str, Any]], beside: Iterable[dict[str, Any]] = ()) -> dict[str, Any]:
+    """What the grade of each defense rests on, of the runs that speak for it; runs ``beside`` speak, and have no grade.
 
     Returns:
         {"grades": one dict per defense and threat, with its grade and checks}. A grade F is a failed check.
@@ -181,7 +181,7 @@ def graded(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {
         "grades": [
             row(run, records) | {"grade": grade.letter, "checks": [check._asdict() for check in grade.checks]}
-            for (run, records, _), grade in zip(chosen, grades(chosen, runs), strict=True)
+            for (run, records, _), grade in zip(chosen, grades(chosen, [*beside, *runs]), strict=True)
             if grade.letter
         ]
     }

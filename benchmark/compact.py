@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from benchmark import evidence, report, wording, writers
 from benchmark.grades import grades
 from benchmark.latex import PACKAGES, tabular
-from benchmark.report import COLUMNS, RULES, Table
+from benchmark.report import COLUMNS, Table
 
 OVER = [c for c in COLUMNS if c not in ("attack", "display")]
 """The columns of a row over attacks that machines read."""
@@ -57,10 +57,12 @@ def compact(
         attacks = _attacks(lines)
         rows = [
             {**{c: line.row[c] for c in OVER}, **{a: line.attacks.get(a) for a in attacks}}
+            | {f"{a} is": line.displays.get(a) for a in attacks}
             | {"parameters": line.parameters, "rank": line.place}
             for line in lines
         ]
-        return writers.machine(rows, form, [*OVER, *attacks, "parameters", "rank"])
+        columns = [*OVER, *(name for a in attacks for name in (a, f"{a} is")), "parameters", "rank"]
+        return writers.machine([{c: row[c] for c in columns} for row in rows], form, columns)
     if not lines:
         return "% no finished example yet\n" if form == "latex" else "no finished example yet\n"
     return (_latex if form == "latex" else _markdown)(lines, table)
@@ -87,8 +89,11 @@ def _attacks(lines: Sequence[Line]) -> list[str]:
     return sorted(base, key=lambda a: (base[a] not in first, base[a] != first[0], a))
 
 
-def _cells(lines: Sequence[Line], *, costs: bool = True) -> tuple[list[str], list[list[str]]]:
-    """The head and the rows of one protocol's table to read, with random noise and costs where they are wanted."""
+def _cells(lines: Sequence[Line], shown: Displays, *, costs: bool = True) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows of one protocol's table to read, with random noise and costs where they are wanted.
+
+    A number under another search than its column's first bears the mark of that search.
+    """
     attacks = _attacks(lines)
     sized = costs and any(line.parameters is not None for line in lines)
     several = len({line.row["seed"] for line in lines}) > 1
@@ -99,52 +104,78 @@ def _cells(lines: Sequence[Line], *, costs: bool = True) -> tuple[list[str], lis
         one = line.row
         view = evidence.viewed(one["view"]) + (f", seed {one['seed']}" if several else "")
         cells = [one["purifier"] + view, *(str(one[k]) for k in ("classifier", "norm", "eps", "n", "draws"))]
-        cells += [wording.with_interval(one, "clean"), *(wording.share(line.attacks.get(a)) for a in attacks)]
+        met = [wording.share(line.attacks.get(a)) + _mark(shown[a], line.displays.get(a)) for a in attacks]
+        cells += [wording.with_interval(one, "clean"), *met]
         cells += [wording.with_interval(one, "robust"), *[wording.share(one["random_control"])] * costs]
         cells += [str(one["nfe"]), wording.count(line.parameters), wording.seconds(one)] * sized
         rows.append([*cells, "–" if line.place is None else str(line.place), one["grade"] or "–"])
     return head, rows
 
 
+Displays = dict[str, list[str]]
+"""What each attack is displayed as; in the order of their marks."""
+
+
+def _displays(lines: Sequence[Line]) -> Displays:
+    """What each attack is displayed as: one name may stand for several searches, by defense."""
+    shown: dict[str, list[str]] = {}
+    for line in lines:
+        for name, display in line.displays.items():
+            shown.setdefault(name, []).append(display)
+    return {name: list(dict.fromkeys(shown[name])) for name in _attacks(lines)}
+
+
+def _mark(shown: Sequence[str], display: str | None) -> str:
+    """Stars that tell a number from those of a column's first search: one for its second, two for its third."""
+    return "" if display is None else "*" * shown.index(display)
+
+
 WORST = "worst case % [95 %]"
 """The head of the column that is ranked."""
+OVERALL = (
+    "Worst case: per image the attack that left the fewest correct draws, judged by fresh ones, so that it may read a "
+    "little above an attack of its own."
+)
+"""What stands in that column."""
 
 
 def _markdown(lines: Sequence[Line], table: Table) -> str:
-    made: list[str] = []
+    made, shown = [], _displays(lines)
     for part in table.parts():
-        made += [wording.facts(table.only(part)), "", *writers.grid(*_cells([lines[k] for k in part])), ""]
-    return "\n".join([*made, *_notes(lines, table.runs, table.rule)]) + "\n"
+        grid = writers.grid(*_cells([lines[k] for k in part], shown))
+        made += [wording.facts(table.only(part)), "", *grid, ""]
+    return "\n".join([*made, *_notes(lines, table)]) + "\n"
 
 
 def _latex(lines: Sequence[Line], table: Table) -> str:
     """Per protocol a table as wide as a page: first places are bold, withheld numbers bear a dagger."""
-    made = [PACKAGES]
-    for number, part in enumerate(table.parts()):
+    made, labels = [PACKAGES], []
+    for part in table.parts():
         these, of = [lines[k] for k in part], table.only(part)
-        head, rows = _cells(these, costs=False)
+        head, rows = _cells(these, _displays(these), costs=False)
         column, first = head.index(WORST), [k for k, line in enumerate(these) if line.place == 1]
         for line, row in zip(these, rows, strict=True):
             row[column] += "†" * (line.row["grade"] == "F")
         one = these[0].row
         caption = f"{one['dataset']}, budget {one['budget']}: accuracy in %"
-        told = [wording.facts(of), *_notes(these, of.runs, of.rule)]
+        told = [wording.facts(of), *_notes(these, of)]
         told += ["Bold: rank 1."] * bool(first) + ["† Withheld: grade F."] * any("†" in row[column] for row in rows)
-        label = "-".join(["compact", one["dataset"], one["norm"], one["eps"], *([str(number)] if number else [])])
+        labels.append(
+            "-".join(["compact", *(str(one[c]) for c in ("dataset", "norm", "eps", "budget")), f"n{one['n']}"])
+        )
+        label = "-".join([labels[-1], *[str(labels.count(labels[-1]))] * (labels.count(labels[-1]) > 1)])
         made.append(tabular(head, rows, caption, " ".join(told), label=label, bold={(k, column) for k in first}))
     return "\n".join(made)
 
 
-def _notes(lines: Sequence[Line], runs: Sequence[dict[str, Any]], rule: str) -> list[str]:
+def _notes(lines: Sequence[Line], table: Table) -> list[str]:
     """What attacks, purifiers, accuracies, ranks and grades stand for."""
-    shown: dict[str, list[str]] = {}
-    for line in lines:
-        for name, display in line.displays.items():
-            shown.setdefault(name, []).append(display)
-    displays = [f"{name}: {' or '.join(dict.fromkeys(shown[name]))}" for name in _attacks(lines)]
-    said = ["; ".join([*displays, *writers.specs(runs)]) + "."]
-    said += [f"Accuracy is {RULES[rule].format(seen=' that no attack saw')}."] if rule != "mean" else []
-    return [*said, f"{wording.RANKS} {wording.GRADES}" if any(line.place for line in lines) else wording.GRADES]
+    displays = [
+        f"{name}: {', '.join(f'{_mark(of, one)} {one}'.strip() for one in of)}" for name, of in _displays(lines).items()
+    ]
+    told = [wording.accuracy(table), OVERALL]
+    told += [wording.RANKS] * any(line.place for line in lines)
+    return ["; ".join([*displays, *writers.specs(table.runs)]) + ".", " ".join([*told, wording.GRADES])]
 
 
 def _order(group: list[dict[str, Any]]) -> tuple:

@@ -33,8 +33,8 @@ PACKAGES = r"% \usepackage{array,booktabs,graphicx,longtable}"
 
 
 def escaped(text: str) -> str:
-    """A text as LaTeX prints it."""
-    return "".join(ESCAPES.get(letter, letter) for letter in text)
+    """A text as LaTeX prints it; two hyphens stay two."""
+    return "".join(ESCAPES.get(letter, letter) for letter in text.replace("--", "-\0-")).replace("\0", "{}")
 
 
 def broken(text: str) -> str:
@@ -127,6 +127,7 @@ def _floating(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str, 
     if len(rows) + len(note) // NOTED > LONG:
         return "\n".join(
             [
+                "% longer than a page: longtable wants a single column, e.g. after \\onecolumn",
                 r"{\scriptsize\setlength\tabcolsep{2pt}\sloppy",
                 rf"\begin{{longtable}}{{{_columns([head, *rows])}}}", *above, r"\\",
                 r"\toprule", titles, r"\midrule", r"\endfirsthead", r"\toprule", titles, r"\midrule", r"\endhead",
@@ -165,7 +166,8 @@ def _strongest(table: Table) -> set[int]:
     kinds: dict[tuple, list[int]] = {}
     for k, r in enumerate(table.rows):
         if r["robust"] is not None and r["grade"] != "F":
-            kinds.setdefault((r["attack"], "" if r["attack"] == evidence.WORST else r["view"]), []).append(k)
+            worst = r["attack"] == evidence.WORST  # of what the defense met; any other as it is displayed
+            kinds.setdefault((r["attack"], *(() if worst else (r["display"], r["view"]))), []).append(k)
     for these in kinds.values():
         best = max(these, key=lambda k: table.rows[k]["robust"])
         if len(these) > 1:

@@ -258,7 +258,13 @@ def _bars(rows: list[dict[str, Any]], labels: list[str], title: str, plt: Any) -
               color=colours, alpha=0.85, error_kw={"elinewidth": 1, "capsize": 2})  # fmt: skip
     axes.axvline(100 * shown[0]["clean"], color="#6b7280", linestyle=":", linewidth=1)
     axes.annotate(
-        "clean", (100 * shown[0]["clean"], len(shown) - 0.5), fontsize=7, color="#6b7280", ha="center", va="bottom"
+        "clean",
+        (100 * shown[0]["clean"], len(shown) - 0.5),
+        fontsize=7,
+        color="#6b7280",
+        ha="center",
+        va="bottom",
+        annotation_clip=False,
     )
     axes.set_yticks(places, [labels[k] for k in order])
     axes.set(xlabel="robust accuracy (%)", xlim=(0, 100))

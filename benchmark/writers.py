@@ -110,9 +110,12 @@ def comparison(table: Sequence[dict[str, Any]], reference: dict[str, Any], form:
         "are normal, with an image not seen either way, p by sign flips, Holm over the rows; detectable is what such a "
         "test would notice in four of five cases."
     )
+    if any(r["display"] != one["display"] for r in table):
+        note += " Where attacks differ, so may their strength: such a difference is theirs as much as the defense's."
     if form == "latex":
         caption = f"Robust accuracy, paired with {one['purifier']} + {one['classifier']}"
-        return f"{PACKAGES}\n{tabular(head, rows, caption, note)}"
+        label = f"paired-with {one['purifier']} {one['classifier']} {one['display']} {one['norm']} {one['eps']}"
+        return f"{PACKAGES}\n{tabular(head, rows, caption, note, label=label)}"
     return "\n".join([*grid(head, rows), "", note]) + "\n"
 
 

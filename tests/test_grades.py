@@ -319,6 +319,7 @@ def test_rows_that_are_left_out_still_speak_in_the_grades(capsys):
     (line,) = (one for one in shown("--compact").splitlines() if one.startswith("| diffpure | resnet | Linf | 0.1 |"))
     (same,) = (one for one in shown("--compact", "--where", "eps=0.1", "--where", "purifier=diffpure").splitlines()
                if one.startswith("| diffpure | resnet | Linf | 0.1 |"))  # fmt: skip
+    same, line = same.replace("*", ""), line.replace("*", "")  # marks are of a table's own first search
     assert same.split(" | ")[:-2] == line.split(" | ")[:-2] and same.split(" | ")[-1] == line.split(" | ")[-1]
 
 

@@ -128,6 +128,9 @@ def test_what_a_package_says_stands_below_with_its_floor():
     assert "own verdict" not in writers.render(report.table([r for r in runs if r is not package]), "md")
 
 
+SEARCH = "PGD & co × 2"
+
+
 def synthetic() -> report.Table:
     """Five rows by hand: a tie, a lone attack, a worst case that nothing is known of."""
     base = dict.fromkeys(report.COLUMNS) | {
@@ -138,7 +141,7 @@ def synthetic() -> report.Table:
     }  # fmt: skip
     rows, scores = [], []
     for purifier, attack, display, robust in (
-        ("good_one", "pgd", "PGD & co × 2", 0.5), ("close", "pgd", "PGD", 0.475), ("weak", "pgd", "PGD", 0.0),
+        ("good_one", "pgd", SEARCH, 0.5), ("close", "pgd", SEARCH, 0.475), ("weak", "pgd", SEARCH, 0.0),
         ("alone", "lf", "LF", 0.1), ("weak", evidence.WORST, "worst case of PGD, LF", None),
     ):  # fmt: skip
         rows.append(base | {"purifier": purifier, "attack": attack, "display": display, "robust": robust})
@@ -197,8 +200,8 @@ def test_a_writer_writes_what_it_wrote(name):
 def test_latex_escapes_and_sets_the_best_and_its_ties_in_bold():
     shown = (GOLDEN / "table.tex").read_text()
     assert r"good\_one & f & PGD \& co $\times$ 2 & exact & 90.0 [80.0, 95.0] & \textbf{50.0 [40.0, 60.0]}" in shown
-    assert r"close & f & PGD & exact & 90.0 [80.0, 95.0] & \textbf{47.5 [40.0, 60.0]}" in shown
-    assert r"weak & f & PGD & exact & 90.0 [80.0, 95.0] & 0.0 [40.0, 60.0]" in shown
+    assert r"close & f & PGD \& co $\times$ 2 & exact & 90.0 [80.0, 95.0] & \textbf{47.5 [40.0, 60.0]}" in shown
+    assert r"weak & f & PGD \& co $\times$ 2 & exact & 90.0 [80.0, 95.0] & 0.0 [40.0, 60.0]" in shown
     assert r"\label{tab:a-b-linf-16-255-quick-n40}" in shown and r"95 \% Wilson" in shown
     withheld = (GOLDEN / "runs.tex").read_text()
     assert withheld.count(r"$^\dagger$ \\") == 1 and "Something recorded is stronger" in withheld

@@ -41,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
     audit.add_argument(
         "--only", choices=AUDITS, help="gradients without folders, else black-box; grades: what a grade rests on"
     )
+    audit.add_argument(
+        "--beside", action="append", metavar="FOLDER", help="its runs speak in the grades, and have none; repeatable"
+    )
     _what(audit)
     audit.set_defaults(attack="pgd", n_examples=8, view="exact")
     audit.add_argument("--json", action="store_true", help="one object")

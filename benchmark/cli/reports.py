@@ -219,8 +219,11 @@ def audit(arguments: argparse.Namespace) -> int:
     elif arguments.paths or arguments.only in ("black-box", "grades"):
         if arguments.only == "gradients":
             raise UsageError("--only gradients takes no folders: it builds the defense itself, with --purifier SPEC")
+        if arguments.beside and arguments.only != "grades":
+            raise UsageError("--beside is for --only grades: what else speaks in them")
         runs = distinct(find_runs(arguments.paths or ["results" if arguments.only == "grades" else "results/run"]))
-        document = audit.graded(runs) if arguments.only == "grades" else audit.black_box(runs)
+        beside = find_runs(arguments.beside or [])
+        document = audit.graded(runs, beside) if arguments.only == "grades" else audit.black_box(runs)
     else:
         document = {"gradients": [audit.gradients(cell) for cell in cells_of(arguments)]}
     if arguments.json:
