@@ -198,13 +198,19 @@ def _clean_robust(rows: list[dict[str, Any]], title: str, plt: Any) -> Any:
 
 def _cost(rows: list[dict[str, Any]], title: str, plt: Any) -> Any:
     """Robust accuracy over what a defense costs: network evaluations of one purification, and seconds of an attack."""
-    figure, panels = plt.subplots(1, 2, figsize=(7.4, 3.4), sharey=True, layout="constrained")
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    figure, panels = plt.subplots(1, 2, figsize=(7.4, 3.4), sharey=True, gridspec_kw={"wspace": 0.08})
     for axes, key in zip(panels, ("nfe", "seconds_per_image"), strict=True):
         _points(axes, [row for row in rows if row[key] is not None], key)
     panels[0].set(xlabel="NFE: network evaluations per image", xscale="symlog", ylabel="robust accuracy (%)")
     panels[1].set(xlabel="seconds per image, attack and verdict", xscale="log", ylim=(-3, 103))
+    for axes in panels:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
     figure.suptitle(title, fontsize=10)
-    _legend(panels[1])
+    _legend(panels[1], middle=-0.05)
     return figure
 
 
@@ -238,13 +244,14 @@ def _points(axes: Any, rows: list[dict[str, Any]], key: str, across: float = 1) 
         axes.errorbar([across * row[key]], [100 * row["robust"]], **errors, **style)
 
 
-def _legend(axes: Any) -> None:
-    """Each name once, beside the figure."""
+def _legend(axes: Any, middle: float = 0.5) -> None:
+    """Each name once, beside the figure; many below it, around a place in units of the axes."""
     handles, names = axes.get_legend_handles_labels()
     named = dict(sorted(zip(names, handles, strict=True), key=lambda item: item[0]))
-    axes.legend(
-        named.values(), named, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + (len(named) - 1) // 20
-    )
+    place: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    if len(named) > 12:
+        place = {"loc": "upper center", "bbox_to_anchor": (middle, -0.16), "ncols": 3}
+    axes.legend(named.values(), named, fontsize=7, **place)
 
 
 def _bars(rows: list[dict[str, Any]], labels: list[str], title: str, plt: Any) -> Any:
