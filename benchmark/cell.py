@@ -416,12 +416,18 @@ class Cell:
         if not self.settings.preflight:
             return
         few = slice(0, min(8, len(self.data)))
+        x, y, ids = self.data.images(few).to(self.device), self.data.labels[few].to(self.device), self.data.ids[few]
+        view = self.view(keep=1) if self.attack.gradients(self.drawing) else None
+        # a defense may be another where it takes an image for an attacked one
+        near = self.threat.control(x, Tape(self.settings.seed, "preflight", ids).to(self.device).fold("near"))
         try:
-            checks = preflight(
-                self.defense, self.view(keep=1) if self.attack.gradients(self.drawing) else None,
-                self.data.images(few).to(self.device), self.data.labels[few].to(self.device), self.data.ids[few],
-                seed=self.settings.seed, rows=32, attacker=self.attacker,
-            )  # fmt: skip
+            checks = [
+                check
+                for images in (x, near)
+                for check in preflight(
+                    self.defense, view, images, y, ids, seed=self.settings.seed, rows=32, attacker=self.attacker
+                )
+            ]
         except NotApplicable as error:
             self.folder.discard()
             raise NotApplicableError(f"{self}: not applicable: {error}") from error

@@ -98,6 +98,7 @@ def preflight(
         neighbours = images[order]
         neighbours[rows // 2 :] = 1 - neighbours[rows // 2 :]
         moved = defense(neighbours, tape[order])[: rows // 2]
+        history = _history(defense, images, tape)
     if not logits.isfinite().all():
         return [_check("finite-logits", False, "", "all finite", "look for overflow in the defense")]
     probabilities = bool((logits >= 0).all() and (logits <= 1).all())  # of a softmax, scaled or not, or of sigmoids
@@ -127,6 +128,13 @@ def preflight(
         _check(
             "repeatable", repeatable <= 1e-5 * scale, repeatable, 1e-5 * scale,
             "the same tape gave other logits: draw all randomness from the tape (noise.normal(site, like=x))",
+        ),
+        Check("stateless", "n/a", "", "", "it can't be copied")
+        if history is None
+        else _check(
+            "stateless", history <= 1e-3 * scale, history, 1e-3 * scale,
+            "an answer depends on what was asked before: keep nothing between calls, or the number is of one order of "
+            "queries, and an attacker who asks in another finds another defense",
         ),
         Check("row-position", "n/a", "", "", "the noise of a foreign module depends on a row's place")
         if isinstance(defense.purifier, Foreign) and defense.stochastic
@@ -248,6 +256,22 @@ def _gradient(losses: Tensor, images: Tensor) -> Tensor:
         return torch.zeros_like(images)
     (gradient,) = torch.autograd.grad(losses.sum(), images, allow_unused=True, materialize_grads=True)
     return gradient
+
+
+def _history(defense: Defense, x: Tensor, tape: Tape) -> float | None:
+    """How far logits near some images move once those images were asked; None of a defense that can't be copied.
+
+    A copy is asked at once, the defense itself after images that neither has seen: mirrored ones.
+    """
+    try:
+        other = copy.deepcopy(defense)
+    except Exception:  # what a user's module holds may refuse
+        return None
+    seen = x.flip(-1)
+    near = (seen + 0.02).clamp(0, 1)
+    expected = other(near, tape)
+    defense(seen, tape)
+    return float((defense(near, tape) - expected).abs().max())
 
 
 def _check(name: str, good: bool, value: float | str, threshold: float | str, advice: str) -> Check:

@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.stop_after is not None:
             cell.settings.stop_after = arguments.stop_after - (time.monotonic() - began)
         print(f"{cell}\n{cell.plan}", file=sys.stderr, flush=True)
-        if cost := prices[cell.identity.hash8]:
+        if cost := prices.get(cell.identity.hash8):
             print(cost, file=sys.stderr, flush=True)
         try:
             if (found := cell.recorded(cell.run())) is not None:
