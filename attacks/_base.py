@@ -32,6 +32,7 @@ class Found(NamedTuple):
         broken_at: index of the first evaluation in which any draw was wrong, shape (B,); -1 if none.
         package_correct: a third-party package's own verdict, shape (B,), or None.
         forwards, backwards: draws of the defense per image.
+        blank: of each image's gradients how many led nowhere, shape (B,).
     """
 
     candidates: Tensor
@@ -40,6 +41,7 @@ class Found(NamedTuple):
     package_correct: Tensor | None
     forwards: int
     backwards: int
+    blank: Tensor
 
 
 class Attack(ABC):
@@ -172,13 +174,14 @@ class Attack(ABC):
             state["done"] = torch.tensor(0)
         else:
             victim.forwards, victim.backwards = state["cost"].tolist()
+            victim.blank = state.get("blank", victim.blank).clone()
         k = int(state["done"])
         # a search that was stopped is asked again what it was asked, of the same draws
         while k < self.length(victim.stochastic) and not (k and self.retires(k - 1, state, x, y, victim, threat)):
             state = self.step(k, state, x, y, victim, threat)
             k += 1
             state["done"] = torch.tensor(k)
-            state["cost"] = torch.tensor([victim.forwards, victim.backwards])
+            state["cost"], state["blank"] = torch.tensor([victim.forwards, victim.backwards]), victim.blank.clone()
             if watch is not None:
                 watch(k, state)
         codes = [self._enforced(code, x, threat) for code in self.finish(state)]
@@ -186,6 +189,7 @@ class Attack(ABC):
             torch.stack([threat.render(code, x) for code in codes]),
             torch.stack([threat.distance(code, x) for code in codes]),
             state["broken_at"], state.get("package_correct"), victim.forwards, victim.backwards,
+            victim.blank,
         )  # fmt: skip
 
     def _enforced(self, candidate: Tensor, x: Tensor, threat: ThreatModel) -> Tensor:

@@ -100,6 +100,8 @@ class Victim:
         self.defense, self.view, self.tape, self.calls, self.stochastic = defense, view, tape, calls, stochastic
         self.foreknown = foreknown
         self.forwards = self.backwards = 0
+        self.blank = torch.zeros(len(tape), dtype=torch.int64, device=tape.ids.device)
+        """Of each image's gradients how many were zero everywhere, or somewhere not finite: they lead nowhere."""
 
     def evaluate(
         self,
@@ -114,7 +116,8 @@ class Victim:
     ) -> Evaluation:
         """Loss, correctness and, if asked for, gradient at x over ``eot`` draws of the site.
 
-        All are averaged over the same draws, summed in draw order.
+        All are averaged over the same draws, summed in draw order. Where a draw's gradient isn't finite it counts as
+        zero, so that the other draws still lead; ``blank`` says how often.
 
         Args:
             x, y: images and labels.
@@ -133,12 +136,13 @@ class Victim:
         )  # fmt: skip
         right = (found.logits.argmax(1) == y.repeat_interleave(eot)) & found.logits.isfinite().all(1)
         self.forwards += eot
-        self.backwards += eot if gradient else 0
-        return Evaluation(
-            _mean(found.losses, eot),
-            _mean(right.to(x.dtype), eot),
-            _mean(found.gradients, eot) if gradient else x.new_empty(0),
-        )
+        slope = x.new_empty(0)
+        if gradient:
+            self.backwards += eot
+            largest = found.gradients.flatten(1).abs().amax(1)  # not a number where one pixel's isn't
+            self.blank += (~((largest > 0) & largest.isfinite())).view(-1, eot).sum(1)
+            slope = _mean(found.gradients.nan_to_num(0, 0, 0), eot)
+        return Evaluation(_mean(found.losses, eot), _mean(right.to(x.dtype), eot), slope)
 
     def logits(self, x: Tensor, *site: str | int, eot: int) -> Tensor:
         """Logits at x, the mean over ``eot`` draws of the site: shape (B, K)."""

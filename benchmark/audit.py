@@ -14,9 +14,10 @@ from torch import Tensor
 from attacks import Calls, NotApplicable, Victim
 from attacks._gradient import ce
 from benchmark import evidence, stats, wording
+from benchmark.checks import Check
 from benchmark.errors import UsageError
 from benchmark.grades import MEANING, grades
-from benchmark.preflight import Check, finite_difference_error, generic
+from benchmark.preflight import finite_difference_error, generic
 from benchmark.report import row
 from benchmark.verdict import Judge
 from benchmark.views import View
@@ -92,11 +93,11 @@ def gradients(cell: Cell) -> dict[str, Any]:
     p = stats.holm([r["p_stronger"] for r in others])
     beats = [r["view"] for r, corrected in zip(others, p, strict=True) if corrected < 0.05]
     checks = [
-        Check("finite-differences", "pass" if error <= 1e-2 else "fail", error, 1e-2,
+        Check.of("finite-differences", error <= 1e-2, error, 1e-2,
               "the exact view isn't the gradient of the defense: look for detach, no_grad or a custom backward"),
-        Check("exact-says-something", "fail" if nothing else "pass", "zero" if nothing else "", "not zero everywhere",
+        Check.of("exact-says-something", not nothing, "zero" if nothing else "", "not zero everywhere",
               "the purifier rounds: attack it with --view auto, and with each surrogate that it names"),
-        Check("exact-is-strongest", "fail" if beats else "pass", ", ".join(beats), "no view beats exact",
+        Check.of("exact-is-strongest", not beats, ", ".join(beats), "no view beats exact",
               "a weaker view finds more: the exact gradient is masked or vanishes; attack with that view, too"),
     ]  # fmt: skip
     return {"defense": str(cell), "n": n, "draws": draws, "rows": rows, "checks": [c._asdict() for c in checks]}
@@ -199,7 +200,8 @@ def _render_grades(found: Sequence[dict[str, Any]]) -> str:
         )
         for c in one["checks"]:
             advice = f": {c['advice']}" if c["status"] != "pass" else ""
-            value = f" ({c['value']})" if c["value"] else ""
+            expected = f"expected {c['threshold']}" if c["status"] != "pass" and c["threshold"] != "" else ""
+            value = f" ({'; '.join(filter(None, (c['value'], expected)))})" if c["value"] or expected else ""
             lines.append(f"  - {c['id']}: {c['status']}{value}{advice}")
     return "\n".join([*lines, "", *(f"{letter}: {meaning}." for letter, meaning in MEANING.items())]) + "\n"
 

@@ -30,9 +30,9 @@ from attacks._views import Exact, View
 from benchmark import checkpoints, data, evidence, memory, registry, stats
 from benchmark.alone import Alone, Network
 from benchmark.cell import Cell
+from benchmark.checks import Check
 from benchmark.environment import environment
 from benchmark.errors import UsageError
-from benchmark.preflight import Check
 from benchmark.repeatable import make_repeatable
 from benchmark.settings import Settings
 from purifiers import Defense, Tape
@@ -360,7 +360,7 @@ def _checks(found: dict[str, Any]) -> list[dict[str, Any]]:
     def judge(name: str, spread: dict[str, float], bar: str, advice: str = "repeat on an idle machine") -> None:
         value = spread["median"]
         good = value >= BARS[bar] if bar == "occupancy" else value <= BARS[bar]
-        check = Check(name, "pass" if good else "warn", value, BARS[bar], advice)
+        check = Check.of(name, good, value, BARS[bar], advice, bad="warn")
         checks.append(check._asdict() | {"low": spread["low"], "high": spread["high"]})
 
     for length in found["lengths"]:

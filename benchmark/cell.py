@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from attacks import NORMS, PRECISIONS, Attack, Calls, NotApplicable, ThreatModel
 from attacks._recompute import ROWS, Footprint, footprint
 from benchmark import checkpoints, config, data, defenses, evidence, memory, registry, report
+from benchmark.checks import failures
 from benchmark.engine import BLOCK, Engine, Incomplete
 from benchmark.environment import environment
 from benchmark.errors import NotApplicableError, RunError, UsageError
 from benchmark.plan import Plan, plan
-from benchmark.preflight import accuracy_check, failures, preflight
+from benchmark.preflight import accuracy_check, integral_check, preflight
 from benchmark.repeatable import make_repeatable
 from benchmark.results import Run, logits, read_run
 from benchmark.settings import KNOWN, Settings
@@ -307,6 +308,7 @@ class Cell:
                     self.folder.open(self.n, self.data.shape, rows=rows, mixed_environment=s.mixed_environment)
                     self._preflight()
                     Engine(self).run(began)
+                    self._note_blank()
                     return self.folder.finish()
                 except NotApplicable as error:
                     self.folder.discard()
@@ -314,6 +316,16 @@ class Cell:
                 except torch.cuda.OutOfMemoryError:
                     pass  # the error holds on to the failed call's tensors: it must be gone before they are given back
                 self.halve()
+
+    def _note_blank(self) -> None:
+        """Say it where many gradients led nowhere: the attack was weaker than its name."""
+        led = evidence.led({"records": list(self.folder.done().values())})
+        if led is not None and led < 0.9 and not self.settings.quiet:
+            print(
+                f"note: {1 - led:.0%} of the gradients were zero or not finite, so that the attack hardly moved: it is "
+                "weaker than its name; attack with pgd:loss=margin, with square, or through another --view, too",
+                file=sys.stderr,
+            )
 
     def check_same(self) -> None:
         """Whether a defense that its own code decides still says what it said of images that are recorded.
@@ -431,6 +443,9 @@ class Cell:
         except NotApplicable as error:
             self.folder.discard()
             raise NotApplicableError(f"{self}: not applicable: {error}") from error
+        if view is not None:
+            tape = Tape(self.settings.seed, "preflight", ids).to(self.device)
+            checks.append(integral_check(self.attacker, view, x, tape, rows=ROWS))
         if (expected := getattr(self.defense, "accuracy", None)) is not None:
             few = slice(0, min(KNOWN, len(self.data)))
             x, y = self.data.images(few).to(self.device), self.data.labels[few].to(self.device)
@@ -440,6 +455,11 @@ class Cell:
             lines = "\n".join(f"  {c.id}: {c.value} (expected {c.threshold}): {c.advice}" for c in failed)
             raise RunError(
                 f"preflight failed, nothing was run (--no-preflight runs anyway, and the table says so):\n{lines}"
+            )
+        self.folder.note(warnings=[check.id for check in checks if check.status == "warn"])
+        for check in () if self.settings.quiet else (c for c in checks if c.status == "warn"):
+            print(
+                f"note: {check.id} is {check.value:.2g} (expected {check.threshold}): {check.advice}", file=sys.stderr
             )
 
 

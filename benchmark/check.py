@@ -15,10 +15,11 @@ from attacks._gradient import ce, margin
 from attacks._views import Exact
 from benchmark import checkpoints, config, defenses, registry
 from benchmark.checkpoints import Need
+from benchmark.checks import Check, failures
 from benchmark.data import Dataset
 from benchmark.errors import RunError, UsageError
 from benchmark.plan import plan, stopwatch
-from benchmark.preflight import Check, accuracy_check, correct, preflight
+from benchmark.preflight import accuracy_check, correct, integral_check, preflight
 from benchmark.repeatable import make_repeatable
 from benchmark.views import View
 from purifiers import Defense, Purifier, Tape
@@ -68,8 +69,11 @@ def purifier(spec: str, need: Need, images: Dataset, judge: str | None = None) -
     checks = [Check("view", "pass", str(view), "", "")] + preflight(
         defense, view(1), images.images(FEW), images.labels[FEW], images.ids[FEW], seed=0, rows=ROWS
     )
-    if any(c.status == "fail" for c in checks):
+    if failures(checks):
         return checks
+    few = slice(0, 8)
+    tape = Tape(0, "preflight", images.ids[few]).to(images.device)
+    checks.append(integral_check(defense, view(1), images.images(few), tape, rows=ROWS))
     return [*checks, _floor(defense, images, named), *_cost(defense, images)]
 
 
@@ -84,8 +88,8 @@ def classifier(spec: str, need: Need, images: Dataset) -> list[Check]:
         return [Check("classes", "fail", type(logits).__name__, "a tensor", advice)]
     shape = (min(4, len(images)), need.form.classes)
     checks = [
-        Check(
-            "classes", "pass" if tuple(logits.shape) == shape else "fail", str(tuple(logits.shape)), str(shape),
+        Check.of(
+            "classes", tuple(logits.shape) == shape, str(tuple(logits.shape)), str(shape),
             f"{need.form.family} has {need.form.classes} classes: one row of as many logits per image",
         )
     ]  # fmt: skip
@@ -102,7 +106,7 @@ def classifier(spec: str, need: Need, images: Dataset) -> list[Check]:
         checks.append(Check("clean-accuracy", "n/a", value, "", ""))
     else:
         checks.append(accuracy_check(defense.classifier, x, y, found.accuracy, rows=ROWS))
-    return checks if any(c.status == "fail" for c in checks) else [*checks, *_cost(defense, images)]
+    return checks if failures(checks) else [*checks, *_cost(defense, images)]
 
 
 def attack(spec: str, need: Need, images: Dataset) -> list[Check]:
@@ -137,19 +141,16 @@ def attack(spec: str, need: Need, images: Dataset) -> list[Check]:
     gained_share = float(gained) / model.best_gain(threat) if norm != "StAdv" else float(gained)
     apart = float((alone.candidates[:, 0] - found.candidates[:, 1]).abs().max())
 
-    def check(name: str, good: bool, value: Any, threshold: Any, advice: str) -> Check:
-        return Check(name, "pass" if good else "fail", value, threshold, advice)
-
     return [
-        check("inside-the-threat-model", True, norm, "at most 1e-6 outside", ""),
-        check("repeatable", torch.equal(found.candidates, again.candidates), "", "the same images twice",
+        Check.of("inside-the-threat-model", True, norm, "at most 1e-6 outside", ""),
+        Check.of("repeatable", torch.equal(found.candidates, again.candidates), "", "the same images twice",
               "take all randomness from victim.tape"),
         Check("batch-independent", "n/a", "", "", "a package sees its whole block") if made.package(True)
-        else check("batch-independent", apart <= 1e-6, apart, 1e-6, "an image's search depends on its neighbours"),
-        check("global-generators", not moved, "", "untouched", "never seed or draw from torch's global generator"),
+        else Check.of("batch-independent", apart <= 1e-6, apart, 1e-6, "an image's search depends on its neighbours"),
+        Check.of("global-generators", not moved, "", "untouched", "never seed or draw from torch's global generator"),
         Check("linear-optimum", "n/a", gained_share, "", "it doesn't search the whole ball with gradients")
         if made.black_box or made.restricted or norm == "StAdv"
-        else check("linear-optimum", gained_share >= 0.9, gained_share, 0.9,
+        else Check.of("linear-optimum", gained_share >= 0.9, gained_share, 0.9,
                    "on a linear model the attack gains less than nine tenths of what the threat model allows"),
         Check("planned-cost", "pass",
               f"{made.evaluations(True):,} forward and {made.gradients(True):,} backward draws per image at quick", "",

@@ -248,6 +248,12 @@ def worst_of(group: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str
     return merged, chosen
 
 
+def led(run: dict[str, Any]) -> float | None:
+    """The share of a run's gradients that led somewhere, being finite and not zero; None if it took none."""
+    took = sum(r["backwards"] for r in run["records"])
+    return 1 - sum(r.get("blank", 0) for r in run["records"]) / took if took else None
+
+
 def _survival_of(run: dict[str, Any], ids: set[int]) -> float:
     return float(np.mean([_survival(r) for r in run["records"] if r["id"] in ids]))
 

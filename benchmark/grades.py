@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmark import evidence, registry, stats
+from benchmark.checks import Check
 from benchmark.files import reading
 
 MEANING = {
@@ -28,20 +29,15 @@ LEVEL = 0.025
 by chance."""
 IMAGES = 64
 """On how many of a row's images another run has to have been tried, at least, to count as tried; or on all."""
+LED = 0.5
+"""The share of an attack's gradients that were finite and not zero, at least."""
+FEWEST = 32
+"""Images of a row, at least."""
 LOOKING = ("square", "spsa")
 """Searches that need no gradient; to draw at random isn't one."""
 STEPS, QUERIES, EFFORT = 20, 500, 2
 """What an attack by gradients and one without spend at least to count as tried; how many times a row's steps and draws
 per gradient a longer attack takes."""
-
-
-class Check(NamedTuple):
-    """One question to a row: status is "pass", "warn", "not run" or "fail"; advice says what would answer it."""
-
-    id: str
-    status: str
-    value: str
-    advice: str
 
 
 class Grade(NamedTuple):
@@ -106,17 +102,35 @@ def _grade(
     missing = [name for name in wanted if name not in names]
     looks = [one for one in tried if _looks(one)]
     own = [one for one in tried if _own(one)]
-    few = len(records) < 32
     checks = [
         _stronger(records, [(f"{one['names']['display']}{_aside(one)}", known[str(one["folder"])]) for one in others]),
         _met(
-            "gradients", searches, [one for one in own if _gradients(one) > 0], "attack with --attack pgd --view auto"
+            "gradients",
+            searches,
+            [one for one in own if evidence.led(one) is not None],
+            f"{STEPS} steps over the whole ball, half of the gradients at least not zero",
+            "attack with --attack pgd --view auto",
         ),
-        Check("headline", "not run" if missing else "pass", ", ".join(missing), f"attack with {' and '.join(wanted)}"),
-        _met("looking", looks, [one for one in own if _name(one) in LOOKING], "attack with --attack square, too"),
+        Check.of(
+            "headline",
+            not missing,
+            ", ".join(missing),
+            " and ".join(wanted),
+            f"attack with {' and '.join(wanted)}",
+            bad="not run",
+        ),
+        _met(
+            "looking",
+            looks,
+            [one for one in own if _name(one) in LOOKING],
+            f"{QUERIES} queries",
+            "attack with --attack square, too",
+        ),
         _longer(members, searches, STEPS * (4 if run["stochastic"] else 1)),
-        Check("images", "not run" if few else "pass", f"{len(records)}", "attack 32 images or more"),
-        _whole(members),
+        Check.of(
+            "images", len(records) >= FEWEST, f"{len(records)}", FEWEST, "attack 32 images or more", bad="not run"
+        ),
+        *_whole(members),
     ]
     for member in members:
         checks += _audited(Path(str(member["folder"])) / "audit.json")
@@ -139,7 +153,8 @@ def _stronger(records: list[dict[str, Any]], rivals: Sequence[tuple[str, dict[in
     if fewer and not beaten:
         told = [f"{max(fewer)[1]} leaves {100 * max(fewer)[0]:.1f} points fewer, which may be chance"]
     value = "; ".join([*told, f"{1 + len(rivals)} recorded"])
-    return Check("nothing-stronger", status, value, "report what leaves fewer, or the worst case over both")
+    expected = f"nothing significantly stronger, by more than {100 * MARGIN:.0f} points least of all"
+    return Check("nothing-stronger", status, value, expected, "report what leaves fewer, or the worst case over both")
 
 
 def _correct(records: list[dict[str, Any]], key: str = "adv") -> dict[int, float]:
@@ -147,11 +162,15 @@ def _correct(records: list[dict[str, Any]], key: str = "adv") -> dict[int, float
     return {r["id"]: float(s) for r, s in zip(records, evidence.shares(records, key), strict=True)}
 
 
-def _met(what: str, whole: Sequence[Any], less: Sequence[dict[str, Any]], advice: str) -> Check:
+def _met(what: str, whole: Sequence[Any], less: Sequence[dict[str, Any]], expected: str, advice: str) -> Check:
     """Whether a search of some kind was tried; if not, which of that kind did less than counts."""
     displays = dict.fromkeys(one["names"]["display"] for one in less)
-    value = "" if whole or not displays else f"too short, or not of the whole ball: {', '.join(displays)}"
-    return Check(what, "pass" if whole else "not run", value, advice)
+    value = (
+        ""
+        if whole or not displays
+        else f"too short, not of the whole ball, or led by no gradient: {', '.join(displays)}"
+    )
+    return Check.of(what, bool(whole), value, expected, advice, bad="not run")
 
 
 def _longer(members: Sequence[dict[str, Any]], searches: Sequence[dict[str, Any]], quick: float) -> Check:
@@ -160,10 +179,11 @@ def _longer(members: Sequence[dict[str, Any]], searches: Sequence[dict[str, Any]
     long = [one for one in searches if one["identity"]["budget"] in LARGE or _standard(one)]
     long += [one for one in searches if _effort(one) >= EFFORT * most]
     value = long[0]["names"]["display"] if long else members[0]["identity"]["budget"]
-    return Check("longer", "pass" if long else "warn", value, "attack with --budget standard, or twice the steps")
+    expected = f"budget standard, or {EFFORT * most:g} steps times draws"
+    return Check.of("longer", bool(long), value, expected, f"attack with {expected}", bad="warn")
 
 
-def _whole(members: Sequence[dict[str, Any]]) -> Check:
+def _whole(members: Sequence[dict[str, Any]]) -> list[Check]:
     notes = [
         note
         for note, flagged in (
@@ -174,7 +194,11 @@ def _whole(members: Sequence[dict[str, Any]]) -> Check:
         )
         if flagged
     ]
-    return Check("whole", "warn" if notes else "pass", ", ".join(notes), "run it again, to the end")
+    warned = sorted({name for one in members for name in one.get("warnings", ())})
+    return [
+        Check.of("whole", not notes, ", ".join(notes), "nothing to note", "run it again, to the end", bad="warn"),
+        *(Check(name, "warn", "at preflight", advice="attack with square, and with --view blind") for name in warned),
+    ]
 
 
 def _audited(path: Path) -> list[Check]:
@@ -184,7 +208,7 @@ def _audited(path: Path) -> list[Check]:
     known = {"pass": "pass", "fail": "fail", "n/a": "pass"}
     with reading(path):
         return [
-            Check(c["id"], known.get(c["status"], "warn"), str(c["value"]), c["advice"])
+            Check(c["id"], known.get(c["status"], "warn"), str(c["value"]), c.get("threshold", ""), c["advice"])
             for part in json.loads(path.read_text())["gradients"]
             for c in part["checks"]
         ]
@@ -197,7 +221,7 @@ def _searches(run: dict[str, Any]) -> bool:
     steps, step_size = _option(run, "steps"), _option(run, "step_size")
     far = step_size * steps >= float(Fraction(run["identity"]["eps"])) if step_size else _option(run, "step", 1) >= 1
     walks = steps >= STEPS and far  # as far as the radius, at least
-    return _own(run) and not blind and _gradients(run) > 0 and (walks or _standard(run))
+    return _own(run) and not blind and (evidence.led(run) or 0) >= LED and (walks or _standard(run))
 
 
 def _looks(run: dict[str, Any]) -> bool:
@@ -230,11 +254,6 @@ def _option(run: dict[str, Any], name: str, default: float = 0) -> float:
 
 def _moves_nothing(run: dict[str, Any]) -> bool:
     return getattr(evidence.attack_class(run), "__name__", "") == "Identity"
-
-
-def _gradients(run: dict[str, Any]) -> float:
-    """Gradients of the defense that an image took, in draws."""
-    return float(np.mean([r["backwards"] for r in run["records"]]))
 
 
 def _standard(run: dict[str, Any]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from scipy.stats import binom
@@ -12,19 +11,13 @@ from torch import Tensor, nn
 
 from attacks._gradient import ce
 from attacks._views import Exact, View
+from benchmark.checks import Check
 from benchmark.foreign import Foreign
 from purifiers import Defense, Tape
 from purifiers._base import call
 
-
-class Check(NamedTuple):
-    """One check: status is "pass", "fail" or "n/a"; advice says what to do about a failure."""
-
-    id: str
-    status: str
-    value: float | str
-    threshold: float | str
-    advice: str
+PAIRS, NODES = 4, 16
+"""Pairs of images between which gradients are integrated, and nodes of each integral."""
 
 
 class RepeatedSite(Exception):
@@ -87,7 +80,7 @@ def preflight(
         except RepeatedSite as error:
             purified, repeated = call(defense.purifier, images, tape), str(error)
         if purified.shape != images.shape or purified.dtype != images.dtype:
-            return [_check(
+            return [Check.of(
                 "shape", False, f"{tuple(purified.shape)} {purified.dtype}", f"{tuple(images.shape)} {images.dtype}",
                 "a purifier returns images of the shape and dtype that it was given",
             )]  # fmt: skip
@@ -100,7 +93,7 @@ def preflight(
         moved = defense(neighbours, tape[order])[: rows // 2]
         history = _history(defense, images, tape)
     if not logits.isfinite().all():
-        return [_check("finite-logits", False, "", "all finite", "look for overflow in the defense")]
+        return [Check.of("finite-logits", False, "", "all finite", "look for overflow in the defense")]
     probabilities = bool((logits >= 0).all() and (logits <= 1).all())  # of a softmax, scaled or not, or of sigmoids
     spread = max(float((logits - other).abs().max()), 0.0)
     repeatable = float((logits - again).abs().max())
@@ -109,40 +102,40 @@ def preflight(
     training = [name or "defense" for name, module in defense.named_modules() if module.training]
     low, high = float(purified.min()), float(purified.max())
     checks = [
-        _check("finite-logits", True, "", "all finite", ""),
-        _check(
+        Check.of("finite-logits", True, "", "all finite", ""),
+        Check.of(
             "logits-not-probabilities", not probabilities, f"[{logits.min():.3g}, {logits.max():.3g}]",
             "not all in [0, 1]",
             "return logits, not what a softmax or sigmoid made of them: CE on probabilities has vanishing gradients, "
             "and the attack would fail for that reason",
         ),
-        _check(
+        Check.of(
             "range", low >= -1e-6 and high <= 1 + 1e-6, f"[{low:.3g}, {high:.3g}]", "[0, 1]",
             "a purifier returns images in [0, 1]: clamp in finish, inside the gradient",
         ),
-        _check(
+        Check.of(
             "noise-sites", not repeated, repeated, "each asked for once",
             "two draws under one name are one draw: name each, e.g. noise.normal('reverse', k, like=x)",
         ),
-        _check("eval-mode", not training, ", ".join(training[:3]), "no module training", "call defense.eval()"),
-        _check(
+        Check.of("eval-mode", not training, ", ".join(training[:3]), "no module training", "call defense.eval()"),
+        Check.of(
             "repeatable", repeatable <= 1e-5 * scale, repeatable, 1e-5 * scale,
             "the same tape gave other logits: draw all randomness from the tape (noise.normal(site, like=x))",
         ),
         Check("stateless", "n/a", "", "", "it can't be copied")
         if history is None
-        else _check(
+        else Check.of(
             "stateless", history <= 1e-3 * scale, history, 1e-3 * scale,
             "an answer depends on what was asked before: keep nothing between calls, or the number is of one order of "
             "queries, and an attacker who asks in another finds another defense",
         ),
         Check("row-position", "n/a", "", "", "the noise of a foreign module depends on a row's place")
         if isinstance(defense.purifier, Foreign) and defense.stochastic
-        else _check(
+        else Check.of(
             "row-position", position <= 1e-4 * scale, position, 1e-4 * scale,
             "a row's result depends on its place or neighbours: look for batch statistics or batch means",
         ),
-        _check(
+        Check.of(
             "stochastic-as-declared", defense.stochastic == (spread > 1e-6 * scale), spread,
             "> 0" if defense.stochastic else "0",
             f"declared stochastic = {defense.stochastic}, but two draws differ by {spread:.3g}",
@@ -151,6 +144,59 @@ def preflight(
     if view is None:
         return checks
     return checks + _gradient_checks(attacker or defense, view, x[:4], y[:4], Tape(seed, "preflight", ids[:4]))
+
+
+def integral_check(defense: Defense, view: View, x: Tensor, tape: Tape, *, rows: int) -> Check:
+    """Whether the gradient accounts for how the defense changes between images, by the fundamental theorem of calculus.
+
+    With p the probability of what the defense says of a: p(b) - p(a) = ∫ ⟨∇p(a + t (b - a)), b - a⟩ dt, t from 0 to 1.
+    Where a hard decision is made aside (argmax, a nearest prototype, a threshold) and the gradient only sees what
+    passes by it, a derivative is right almost everywhere and its integral is not: an attack climbs the wrong hill.
+    The value is the largest share of a change that the integral gives, over ``PAIRS`` pairs of ``NODES`` nodes each;
+    so few nodes miss or double a steep change now and then, but not all.
+
+    Args:
+        defense: what the attacker differentiates. Votes are hard by design: their probabilities are looked at.
+        view: how.
+        x: a few images.
+        tape: their noise, the same all the way from a to b.
+        rows: at most so many rows a call.
+    """
+    name, threshold = "gradient-integral", 0.5
+    if not isinstance(view, Exact):
+        return Check(name, "n/a", "", threshold, "only the exact view claims to be the gradient")
+    if defense.combine == "vote":
+        defense = copy.copy(defense)
+        defense.combine = "probabilities"
+    with torch.no_grad():
+        p = defense(x, tape).softmax(1)
+    said = p.argmax(1)
+    pairs = [(a, b) for a in range(len(x)) for b in _others(said, a) if p[a, said[a]] - p[b, said[a]] > 0.1][:PAIRS]
+    if not pairs:
+        return Check(name, "n/a", "", threshold, "the defense says the same of all images that were looked at")
+    a, b = torch.tensor(pairs, device=x.device).repeat_interleave(NODES, 0).unbind(1)
+    t = (torch.arange(NODES, device=x.device, dtype=x.dtype) + 0.5).repeat(len(pairs)) / NODES
+    slopes = []
+    for part in torch.arange(len(a), device=x.device).split(rows):
+        along, start = x[b[part]] - x[a[part]], x[a[part]]
+        z = (start + t[part].view(-1, 1, 1, 1) * along).requires_grad_()
+        held = defense(z, tape[a[part]], view).softmax(1).gather(1, said[a[part], None])
+        slopes.append((_gradient(held, z) * along).flatten(1).sum(1))
+    integral = torch.cat(slopes).view(len(pairs), NODES).mean(1)
+    change = torch.stack([p[b, said[a]] - p[a, said[a]] for a, b in pairs])
+    share = float((integral / change).max())
+    return Check.of(
+        name, share >= threshold, share, threshold,
+        "the gradient accounts for little of how the defense changes from image to image: something hard decides "
+        "beside it (argmax, rounding, sorting, a threshold); attack with square and with --view blind, too, and name "
+        "a surrogate for what is hard", bad="warn",
+    )  # fmt: skip
+
+
+def _others(said: Tensor, a: int) -> list[int]:
+    """The first image after image a, around, of which something else is said; none if there is none."""
+    n = len(said)
+    return [b for k in range(1, n) if said[b := (a + k) % n] != said[a]][:1]
 
 
 def correct(classifier: nn.Module, x: Tensor, y: Tensor, rows: int) -> int:
@@ -175,15 +221,10 @@ def accuracy_check(classifier: nn.Module, x: Tensor, y: Tensor, expected: float,
     value, threshold = f"{right} of {len(x)} images", f"at least {least} at a stated accuracy of {expected:.1%}"
     if least == 0:
         return Check("clean-accuracy", "n/a", value, threshold, "too few images to tell")
-    return _check(
+    return Check.of(
         "clean-accuracy", right >= least, value, threshold,
         "the classifier doesn't read what its card or leaderboard says: another checkpoint, or another data set",
     )  # fmt: skip
-
-
-def failures(checks: list[Check]) -> list[Check]:
-    """The checks that forbid a run."""
-    return [check for check in checks if check.status == "fail"]
 
 
 def generic(x: Tensor, tape: Tape) -> Tensor:
@@ -204,7 +245,7 @@ def _gradient_checks(defense: Defense, view: View, x: Tensor, y: Tensor, tape: T
     # places that no image reaches: a median passes over many pixels, but of each image others
     pixels = float((gradient == 0).all(0).float().mean())
     checks = [
-        _check(
+        Check.of(
             "zero-gradients", zero < 1 and pixels <= 0.5, f"{zero:.0%} of images, {pixels:.0%} of pixels in all images",
             "not all images, at most half of the pixels",
             "no gradient reaches the input: rounding, argmax or no_grad inside the defense, or options by which it "
@@ -222,7 +263,7 @@ def _gradient_checks(defense: Defense, view: View, x: Tensor, y: Tensor, tape: T
         error = min(error, finite_difference_error(loss, defense, x.double(), h=1e-3))
     return [
         *checks,
-        _check(
+        Check.of(
             "finite-differences", error <= 1e-2, error, 1e-2,
             "the gradient isn't that of the defense: look for detach, no_grad or a custom backward",
         ),
@@ -272,7 +313,3 @@ def _history(defense: Defense, x: Tensor, tape: Tape) -> float | None:
     expected = other(near, tape)
     defense(seen, tape)
     return float((defense(near, tape) - expected).abs().max())
-
-
-def _check(name: str, good: bool, value: float | str, threshold: float | str, advice: str) -> Check:
-    return Check(name, "pass" if good else "fail", value, threshold, advice)

@@ -157,8 +157,13 @@ class Run:
             return  # a batch that was timed
         with self._alone(), writing(self.folder):
             (self.folder / self.state).unlink(missing_ok=True)
-            self.settings.setdefault("halved_to", []).append(rows)
             self.settings["environment"]["rows"] = rows
+        self.note(halved_to=[*self.settings.get("halved_to", ()), rows])
+
+    def note(self, **facts: Any) -> None:
+        """Write facts into ``run.json``."""
+        self.settings |= facts
+        with self._alone(), writing(self.folder):
             found = read_json(self.folder / "run.json")
             replace(self.folder / "run.json", json.dumps(found | self.settings, indent=2, sort_keys=True) + "\n")
 

@@ -69,6 +69,7 @@ class Judge:
                 "code_flips": None if flips is None else float(flips[i]),
                 "forwards": found.forwards + extra + cell.distinct,
                 "backwards": found.backwards,
+                "blank": int(found.blank[i]),
             }
             for i in range(len(ids))
         ]

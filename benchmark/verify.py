@@ -17,10 +17,10 @@ import torch
 
 from benchmark import config, data, defenses, evidence, registry, stats
 from benchmark.cell import Cell
+from benchmark.checks import Check, failures
 from benchmark.engine import BLOCK
 from benchmark.environment import environment
 from benchmark.errors import RunError, UsageError
-from benchmark.preflight import Check
 from benchmark.settings import Settings
 
 AGAIN = ("clean", "adv", "select", "random", "distance", "broken_at", "null_wrong", "package_verdict")
@@ -59,7 +59,7 @@ def verify(run: dict[str, Any], settings: Settings, *, dataset: str | None = Non
         return [*checks, _adversarial(run, None), Check("defense", "fail", str(error), "can be built here", advice)]
     checks.append(_adversarial(run, cell))
     checks += [_defense(run, cell), _labels(run, cell.data)]
-    if again and all(check.status != "fail" for check in checks):
+    if again and not failures(checks):
         checks += _again(run, cell)
     return checks
 
@@ -98,7 +98,7 @@ def _identity(run: dict[str, Any]) -> Check:
     digest = hashlib.sha256(json.dumps(run["identity"], sort_keys=True).encode()).hexdigest()[:8]
     same = Path(run["folder"]).resolve().name.endswith(f"-{digest}")
     advice = "run.json or the folder's name was changed after the run: attack again"
-    return Check("identity", "pass" if same else "fail", digest, "as the folder's name ends", advice)
+    return Check.of("identity", same, digest, "as the folder's name ends", advice)
 
 
 def _records(run: dict[str, Any]) -> Check:
@@ -113,7 +113,7 @@ def _records(run: dict[str, Any]) -> Check:
     found = f"{len(records)} of {run['n']}" + (f", wrong draws in {len(wrong)}" if wrong else "")
     good = run["complete"] and not wrong and len(records) > 0
     advice = "continue the run (the same command), or attack again"
-    return Check("records", "pass" if good else "fail", found, f"{run['n']} of {run['n']}", advice)
+    return Check.of("records", good, found, f"{run['n']} of {run['n']}", advice)
 
 
 def _adversarial(run: dict[str, Any], cell: Cell | None) -> Check:
@@ -138,7 +138,7 @@ def _adversarial(run: dict[str, Any], cell: Cell | None) -> Check:
     elif good:
         good = bool(np.isfinite(stored).all() and stored.min() >= 0 and stored.max() <= 1)
     advice = "an attack left its threat model, or the images aren't the recorded ones: attack again"
-    return Check("adversarial", "pass" if good else "fail", farthest, expected, advice)
+    return Check.of("adversarial", good, farthest, expected, advice)
 
 
 def _differing(run: dict[str, Any], cell: Cell) -> list[str]:
@@ -160,7 +160,7 @@ def _defense(run: dict[str, Any], cell: Cell) -> Check:
     if _unversioned(names["display"]) != _unversioned(cell.names["display"]):
         differing.append("names.display")
     advice = "what is at hand isn't what was attacked: the same weights, files and version of this benchmark are needed"
-    return Check("defense", "fail" if differing else "pass", ", ".join(differing), "nothing differs", advice)
+    return Check.of("defense", not differing, ", ".join(differing), "nothing differs", advice)
 
 
 def _unversioned(display: str) -> str:
@@ -172,7 +172,7 @@ def _labels(run: dict[str, Any], images: data.Dataset) -> Check:
     at_hand = dict(zip(images.ids.tolist(), images.labels.tolist(), strict=True))
     wrong = [r["id"] for r in run["records"] if r["id"] in at_hand and at_hand[r["id"]] != r["label"]]
     advice = "the records are of other labels than the data set's: attack again"
-    return Check("labels", "fail" if wrong else "pass", f"{len(wrong)} wrong", "0 wrong", advice)
+    return Check.of("labels", not wrong, f"{len(wrong)} wrong", "0 wrong", advice)
 
 
 def _again(run: dict[str, Any], cell: Cell) -> list[Check]:
@@ -200,7 +200,7 @@ def _again(run: dict[str, Any], cell: Cell) -> list[Check]:
         points = f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}] points, n={len(old)}"
         apart = found.p < 0.05
         advice = "the recorded accuracy doesn't come out again"
-        checks.append(Check("robust-again", "fail" if apart else "pass", points, "no difference", advice))
+        checks.append(Check.of("robust-again", not apart, points, "no difference", advice))
     return checks
 
 

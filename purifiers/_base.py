@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from purifiers._noise import Fresh, Noise
+from purifiers._noise import Fresh, Noise, Sealed
 
 Images: TypeAlias = Float[Tensor, "B C H W"]
 Logits: TypeAlias = Float[Tensor, "B K"]
@@ -115,7 +115,7 @@ class Purifier(nn.Module):
             noise: a tape with one row per image; without it every call draws fresh from torch's generator.
             apply: how a stage is run; the gradient views pass one that recomputes instead of storing.
         """
-        noise = Fresh() if noise is None else noise
+        noise = Sealed(Fresh() if noise is None else noise)
         for r in range(self.rounds):
             tape = noise.fold("round", r)
             state, context = apply(self.start, x, tape)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import NoReturn, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -184,6 +184,37 @@ def _digest(name: tuple) -> tuple[int, int]:
     """The key of what noise is for."""
     digest = hashlib.blake2b(repr(name).encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+class Sealed:
+    """What a purifier is handed of a tape: the methods of ``Noise`` and nothing else.
+
+    Who asks (an attack, the verdict) and for which image it can't read, so that it says the same to all of them.
+
+    Args:
+        noise: the source; another one's seal isn't sealed again.
+    """
+
+    def __init__(self, noise: Noise):
+        self.__noise: Noise = noise.__noise if isinstance(noise, Sealed) else noise
+
+    def normal(self, *site: Site, like: Tensor) -> Tensor:
+        return self.__noise.normal(*site, like=like)
+
+    def uniform(self, *site: Site, like: Tensor) -> Tensor:
+        return self.__noise.uniform(*site, like=like)
+
+    def fold(self, *site: Site) -> Sealed:
+        return Sealed(self.__noise.fold(*site))
+
+    def draws(self, count: int) -> Sealed:
+        return Sealed(self.__noise.draws(count))
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"a purifier's noise has no {name!r}: it offers normal, uniform, fold and draws; who asks, and for which "
+            "image, it doesn't tell"
+        )
 
 
 class Fresh:

@@ -23,6 +23,7 @@ from benchmark import (
     defenses,
     evaluate,
     evidence,
+    grades,
     load,
     loaders,
     report,
@@ -378,7 +379,7 @@ def test_records_hold_the_facts_of_each_image(tmp_path, lively, images):
     for i, record in enumerate(result.records):
         assert set(record) == {
             "id", "label", "clean", "adv", "select", "random", "distance", "broken_at", "null_wrong", "fallback",
-            "package_verdict", "package_null", "code_flips", "forwards", "backwards",
+            "package_verdict", "package_null", "code_flips", "forwards", "backwards", "blank",
         }  # fmt: skip
         assert record["id"] == i and record["label"] == y[i]
         assert [len(record[k]) for k in ("clean", "adv", "random", "select")] == [5, 5, 5, 8]
@@ -546,6 +547,69 @@ def test_preflight_stops_a_defense_that_would_be_measured_wrongly(tmp_path, puri
     with pytest.raises(RunError, match=rf"nothing was run[\s\S]*\n  {check}: "):
         evaluate(defense, gaussian(8), "pgd:steps=1", eps="1/64", n=8, out=tmp_path, quiet=True)
     assert not list(tmp_path.rglob("journal.jsonl"))
+
+
+class DecidesAside(OneStage):
+    """A class is decided where no gradient sees it; what passes by it is smooth, and says little."""
+
+    stochastic = False
+
+    def clean(self, x: Tensor, noise: Noise) -> Tensor:
+        bright = (x.flatten(1).mean(1).detach() > 0.5).to(x.dtype).view(-1, 1, 1, 1)
+        return 0.5 + (bright - 0.5) * 0.2 + 0.01 * (x - 0.5)
+
+
+class DecidesSmoothly(DecidesAside):
+    def clean(self, x: Tensor, noise: Noise) -> Tensor:
+        bright = (200 * (x.flatten(1).mean(1) - 0.5)).sigmoid().view(-1, 1, 1, 1)
+        return 0.5 + (bright - 0.5) * 0.2 + 0.01 * (x - 0.5)
+
+
+class Above(nn.Module):
+    """Class 1 for images whose mean brightness is above a half."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bright = 100 * (x.flatten(1).mean(1, keepdim=True) - 0.5)
+        return torch.cat([-bright, bright, 0 * bright - 9], 1)
+
+
+@pytest.mark.parametrize("combine", ["logits", "vote"])
+@pytest.mark.parametrize(("purifier", "warned"), [(DecidesAside, True), (DecidesSmoothly, False)])
+def test_a_gradient_that_passes_a_decision_by_is_warned_of(tmp_path, capsys, purifier, warned, combine):
+    """It is right almost everywhere, so that no derivative gives it away: its integral does."""
+    x = torch.linspace(0.3, 0.7, 8).view(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()
+    defense = Defense(purifier(), Above(), copies=2 if combine == "vote" else 1, combine=combine)
+    y = defense(x).argmax(1)
+    settings = {"eps": "1/64", "n": 8, "out": tmp_path, "quiet": False}
+    result = evaluate(defense, (x, y), "pgd:steps=20", **settings)
+    assert ("gradient-integral is" in capsys.readouterr().err) == warned
+    run = read_run(result.folder)
+    assert run["warnings"] == ["gradient-integral"] * warned
+    (grade,) = grades.grades([(run, result.records, [run])], [run])
+    assert (("gradient-integral", "warn") in [check[:2] for check in grade.checks]) == warned
+
+
+class Saturated(TwoLogits):
+    """So sure that the softmax is 1 in float32, and cross-entropy's gradient 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return logits + 200 * (logits.detach().sign())
+
+
+@pytest.mark.parametrize(("loss", "led"), [("ce", False), ("margin", True)])
+def test_an_attack_whose_gradients_vanish_says_so_and_does_not_count(tmp_path, capsys, loss, led):
+    x, _ = gaussian(32)
+    defense = Defense(Identity(), Saturated())
+    y = defense(x).argmax(1)
+    result = evaluate(
+        defense, (x, y), f"pgd:steps=20,loss={loss}", eps="1/64", n=32, out=tmp_path, quiet=False, preflight=False
+    )
+    assert ("gradients were zero" in capsys.readouterr().err) == (not led)
+    assert all(r["blank"] == (0 if led else r["backwards"]) for r in result.records)
+    run = read_run(result.folder)
+    (grade,) = grades.grades([(run, result.records, [run])], [run])
+    assert {c.id: c.status for c in grade.checks}["gradients"] == ("pass" if led else "not run")
 
 
 def test_without_preflight_the_run_goes_on_and_the_table_says_so(tmp_path):

@@ -65,7 +65,7 @@ def test_what_hardly_tried_confirms_nothing():
     short = graded(made(0.5, spec="pgd:eot=1,steps=1"))
     assert status(short, "gradients") == "not run"
     assert next(c.value for c in short.checks if c.id == "gradients").startswith(
-        "too short, or not of the whole ball: PGD"
+        "too short, not of the whole ball, or led by no gradient: PGD"
     )
 
 

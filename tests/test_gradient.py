@@ -256,3 +256,31 @@ def test_images_are_resized_to_the_nets_resolution_and_back_inside_the_gradient(
     defense = Defense(purifier, classifier((3, 7, 7)))
     error = finite_difference_error(lambda d, v: ce(d(v, tape(2), Exact(keep=1)), torch.arange(2)), defense, x)
     assert error < 1e-6
+
+
+class Slippery(torch.nn.Module):
+    """Logits ±sum(x), whose gradient isn't finite in one pixel of images darker than a half, and zero above 0.9."""
+
+    def forward(self, x):
+        total = x.flatten(1).sum(1)
+        dark, bright = x.flatten(1).mean(1) < 0.5, x.flatten(1).mean(1) > 0.9
+        pixel = x[dark][:, 0, 0, 0]
+        total = total.index_add(0, dark.nonzero().flatten(), (pixel - pixel.detach()).sqrt())  # 0, but infinitely steep
+        total = torch.where(bright, total.detach(), total)
+        return torch.stack((total, -total), 1)
+
+
+def test_gradients_that_lead_nowhere_are_counted_and_leave_the_others_to_lead():
+    x = torch.tensor([0.3, 0.7, 0.95]).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
+    y = torch.zeros(3, dtype=torch.long)
+    victim = Victim(
+        Defense(torch.nn.Identity(), Slippery()), Exact(), Tape(0, "attack", torch.arange(3)), Calls(32),
+        stochastic=False,
+    )  # fmt: skip
+    for k in range(2):
+        gradient = victim.evaluate(x, y, margin, k, eot=2).gradient
+    assert victim.blank.tolist() == [4, 0, 4] and victim.backwards == 4
+    assert gradient.isfinite().all() and not gradient[2].any() and gradient[1].all()
+    assert gradient[0, 0].flatten().tolist()[1:] == gradient[1, 0].flatten().tolist()[1:], "the other pixels still lead"
+    victim.evaluate(x, y, margin, 2, eot=2, gradient=False)
+    assert victim.blank.tolist() == [4, 0, 4]

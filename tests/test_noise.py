@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from purifiers import Fresh, Noise, Tape
-from purifiers._noise import philox4x32
+from purifiers._noise import Sealed, philox4x32
 
 KINDS = ("normal", "uniform")
 
@@ -175,3 +175,17 @@ def test_fresh_noise_follows_the_global_generator():
         torch.manual_seed(0)
         assert torch.equal(a, Fresh().normal("other", like=like)) and not torch.equal(a, b)
     assert isinstance(Fresh(), Noise) and isinstance(tape(), Noise)
+
+
+def test_a_purifier_learns_neither_who_asks_nor_for_which_image():
+    """Else it could answer the verdict otherwise than the attack."""
+    sealed, like = Sealed(Sealed(tape())), torch.empty(len(tape()), 3)
+    assert isinstance(sealed, Noise)
+    assert torch.equal(
+        sealed.fold("round", 0).draws(1).normal("a", like=like), tape().fold("round", 0).draws(1).normal("a", like=like)
+    )
+    for name in ("role", "ids", "seed", "draw"):
+        assert hasattr(tape(), name)
+        for source in (sealed, sealed.fold("round", 0), sealed.draws(1)):
+            with pytest.raises(AttributeError, match=f"has no '{name}': it offers normal, uniform"):
+                getattr(source, name)
