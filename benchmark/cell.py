@@ -414,7 +414,11 @@ class Cell:
         classes = logits.shape[1]
         form, least = self.data.form, self.attack.least_classes(self.drawing)
         if form.family in data.FORMS and classes != form.classes:
-            raise UsageError(f"{self}: {form.family} has {form.classes} classes, the classifier has {classes} outputs")
+            raise UsageError(
+                f"{self}: {form.family} has {form.classes} classes, the classifier has {classes} outputs: wrap it in a "
+                f"function that returns the {form.classes} logits in the data set's order (file:mine.py:NAME), "
+                "without any that rejects an image"
+            )
         highest = int(self.data.labels.max())
         if highest >= classes:
             raise UsageError(f"{self}: labels go up to {highest}, the classifier has {classes} outputs")

@@ -68,6 +68,12 @@ def shares(records: list[dict[str, Any]], key: str = "adv") -> np.ndarray:
     return stats.mean_rule(predicted(records, key) == label[:, None])
 
 
+def purifier(run: dict[str, Any]) -> str:
+    """What a run's purifier is called, with the copies whose outputs are combined."""
+    identity, name = run["identity"], str(run["names"]["purifier"])
+    return name if identity["copies"] == 1 else f"{name} × {identity['copies']} ({identity['combine']})"
+
+
 def view(identity: dict[str, Any]) -> str:
     """The view of a run, and whom it differentiates if not the defense itself."""
     return identity["view"] if not identity["attacker"] else f"{identity['view']}@{identity['attacker']}"
@@ -193,10 +199,11 @@ def own(view: str, purifier: str) -> bool:
     """Whether a view is of the defense's own gradient: the exact one, or of a purifier that rounds one in its place.
 
     A class that has an exact gradient may offer surrogates too, e.g. one branch of diffusevae's: they stand for no
-    attack on it. Of a purifier whose class isn't here no surrogate counts.
+    attack on it. One that rounds and offers none is attacked through the identity. Of a purifier whose class isn't
+    here neither counts.
     """
     surrogate = SURROGATE.fullmatch(view)
-    if surrogate is None:
+    if surrogate is None and view != "bpda":
         return view == "exact"
     try:
         spec = registry.parse(purifier)
@@ -205,7 +212,8 @@ def own(view: str, purifier: str) -> bool:
         return False
     # a class that offers none has an instance that rounds: latent on a vector-quantised code
     offered = getattr(component, "surrogates", ())
-    return not getattr(component, "differentiable", True) or surrogate[1] not in offered
+    rounds = not getattr(component, "differentiable", True)
+    return rounds and not offered if surrogate is None else rounds or surrogate[1] not in offered
 
 
 def attack_class(run: dict[str, Any]) -> Any:

@@ -114,7 +114,7 @@ def _grade(
         Check.of(
             "headline",
             not missing,
-            ", ".join(missing),
+            f"without {' and '.join(missing)}" if missing else "",
             " and ".join(wanted),
             f"attack with {' and '.join(wanted)}",
             bad="not run",
@@ -180,7 +180,7 @@ def _longer(members: Sequence[dict[str, Any]], searches: Sequence[dict[str, Any]
     long += [one for one in searches if _effort(one) >= EFFORT * most]
     value = long[0]["names"]["display"] if long else members[0]["identity"]["budget"]
     expected = f"budget standard, or {EFFORT * most:g} steps times draws"
-    return Check.of("longer", bool(long), value, expected, f"attack with {expected}", bad="warn")
+    return Check.of("longer", bool(long), value, expected, "attack with --budget standard, or longer", bad="warn")
 
 
 def _whole(members: Sequence[dict[str, Any]]) -> list[Check]:

@@ -86,6 +86,7 @@ def preflight(
             )]  # fmt: skip
         logits = defense(images, tape)
         again = defense(images, tape)
+        draws = not torch.equal(defense.classifier(purified), defense.classifier(purified))
         other = defense(images, tape.fold("other"))
         order = torch.arange(rows).roll(1)
         neighbours = images[order]
@@ -120,7 +121,10 @@ def preflight(
         Check.of("eval-mode", not training, ", ".join(training[:3]), "no module training", "call defense.eval()"),
         Check.of(
             "repeatable", repeatable <= 1e-5 * scale, repeatable, 1e-5 * scale,
-            "the same tape gave other logits: draw all randomness from the tape (noise.normal(site, like=x))",
+            "the classifier draws at random itself, so that no gradient can be recomputed: take its noise out and name "
+            "it as a purifier, e.g. --purifier noise:sigma=0.1 --copies 10 --combine vote"
+            if draws
+            else "the same tape gave other logits: draw all randomness from the tape (noise.normal(site, like=x))",
         ),
         Check("stateless", "n/a", "", "", "it can't be copied")
         if history is None

@@ -164,53 +164,6 @@ def matched(runs: Iterable[dict[str, Any]], targets: Sequence[float]) -> list[di
     return found
 
 
-def comparison(reference: dict[str, Any], others: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Robust accuracy of other runs minus that of a reference, paired over the images that both have.
-
-    Beside each p-value stands Holm's correction for all rows, and the difference that would have been detected.
-
-    Raises:
-        UsageError: if a run is of another threat model or radius, or shares no image with the reference.
-    """
-    table: list[dict[str, Any]] = []
-    others = list(others)
-    threat = tuple(reference["identity"][key] for key in ("norm", "eps"))
-    for run in (reference, *others):
-        if not run["records"]:
-            raise UsageError(f"{run['folder']} has no finished image yet: the command that began it continues it")
-    for run in others:
-        if (theirs := tuple(run["identity"][key] for key in ("norm", "eps"))) != threat:
-            raise UsageError(
-                f"{run['folder']} is of {' '.join(theirs)}, {reference['folder']} of {' '.join(threat)}: accuracies "
-                "under different threat models aren't compared"
-            )
-        ids = {r["id"] for r in reference["records"]} & {r["id"] for r in run["records"]}
-        if reference["identity"]["fingerprint"] != run["identity"]["fingerprint"] or not ids:
-            raise UsageError(
-                f"{run['folder']} shares no image with {reference['folder']}: compare runs on one data set"
-            )
-        a, b = (evidence.shares([r for r in one["records"] if r["id"] in ids]) for one in (run, reference))
-        table.append(
-            _named(run)
-            | {"n": len(ids), "reference": float(b.mean()), "robust": float(a.mean())}
-            | stats.compare(a, b)._asdict()
-            | {"detectable": stats.detectable(a, b, tests=len(others))}
-        )
-    for row, corrected in zip(table, stats.holm([row["p"] for row in table]), strict=True):
-        row["p_holm"] = corrected
-    return table
-
-
-def _named(run: dict[str, Any]) -> dict[str, Any]:
-    """What a run is called where it is compared."""
-    identity, names = run["identity"], run["names"]
-    return {
-        **{key: names[key] for key in ("purifier", "classifier", "display")},
-        "view": evidence.view(identity),
-        **{key: identity[key] for key in ("norm", "eps", "budget", "draws", "seed")},
-    }
-
-
 def row(
     run: dict[str, Any], records: list[dict[str, Any]], rule: str = "mean", grade: str | None = None
 ) -> dict[str, Any]:
@@ -226,14 +179,13 @@ def row(
         accuracies[key] = (None, None, None) if known is None else stats.accuracy(known, worth)
     broken = np.array([r["broken_at"] for r in records]) >= 0
     watched, control = evidence.watched(run), evidence.scores(run, records, "random", rule)
-    copies = "" if identity["copies"] == 1 else f" × {identity['copies']} ({identity['combine']})"
     notes = [] if run.get("preflight", True) else ["no preflight"]
     notes += [f"noise: {run['noise']}"] if run["stochastic"] and run.get("noise", "keyed") != "keyed" else []
     notes += ["mixed environment"] if run.get("mixed_environment") else []
     notes += [] if run.get("complete", True) else [f"incomplete: {len(records)} of {run['n']}"]
     return {
         "dataset": identity["dataset"],
-        "purifier": names["purifier"] + copies,
+        "purifier": evidence.purifier(run),
         "classifier": names["classifier"],
         "attack": names["attack"],
         "display": names["display"] + "".join(f" [{note}]" for note in notes),

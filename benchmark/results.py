@@ -343,31 +343,45 @@ def find_runs(paths: Iterable[str | Path]) -> list[dict[str, Any]]:
     return runs
 
 
-WHERE = "dataset purifier classifier norm eps budget precision protocol".split()
+WHERE = "dataset purifier classifier copies norm eps budget precision protocol".split()
 """What ``where`` chooses by: never by what a defense met, for its worst case is one of all attacks."""
 NAMED = ("identity", "names")
 """The two ways in which a run says what it is: canonical specs, and as they were given."""
 
 
-def where(runs: list[dict[str, Any]], conditions: Iterable[str]) -> list[dict[str, Any]]:
-    """The runs whose identity, or whose specs as they were given, are as conditions NAME=VALUE say.
+def conditions(texts: Iterable[str], option: str) -> dict[str, set[str]]:
+    """What conditions NAME=VALUE ask for: names and the values of which one has to hold.
 
-    Of conditions with one name one has to hold, of those with several names all.
+    Raises:
+        UsageError: for a name that isn't one of ``WHERE``.
+    """
+    wanted: dict[str, set[str]] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in WHERE or not value:
+            raise UsageError(
+                f"{option} {text}: expected NAME=VALUE with a name of {', '.join(WHERE)}; attacks can't be left "
+                "out of a worst case"
+            )
+        wanted.setdefault(name, set()).add(_plain(value))
+    return wanted
+
+
+def meant(run: dict[str, Any], wanted: dict[str, set[str]]) -> bool:
+    """Whether a run's identity, or its specs as they were given, are as conditions ask."""
+    return all(
+        values & {_plain(str(run[of][name])) for of in NAMED if name in run[of]} for name, values in wanted.items()
+    )
+
+
+def where(runs: list[dict[str, Any]], texts: Iterable[str]) -> list[dict[str, Any]]:
+    """The runs that are as conditions NAME=VALUE say: of those with one name one has to hold, of several names all.
 
     Raises:
         UsageError: for a name that isn't one of ``WHERE``, or if none is left.
     """
-    wanted: dict[str, set[str]] = {}
-    for condition in conditions:
-        name, _, value = condition.partition("=")
-        if name not in WHERE or not value:
-            raise UsageError(
-                f"--where {condition}: expected NAME=VALUE with a name of {', '.join(WHERE)}; attacks can't be left "
-                "out of a worst case"
-            )
-        wanted.setdefault(name, set()).add(_plain(value))
-    for name, values in wanted.items():
-        left = [run for run in runs if values & {_plain(str(run[of][name])) for of in NAMED if name in run[of]}]
+    for name, values in conditions(texts, "--where").items():
+        left = [run for run in runs if meant(run, {name: values})]
         if not left:
             known = sorted({str(run["names"].get(name, run["identity"][name])) for run in runs})
             raise UsageError(f"--where {name}={' or '.join(sorted(values))}: no such run; there are {', '.join(known)}")

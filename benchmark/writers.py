@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmark import registry, report, wording
+from benchmark import evidence, registry, report, wording
 from benchmark.errors import UsageError
 from benchmark.latex import PACKAGES, latex, tabular
 from benchmark.report import COLUMNS, Table
@@ -88,13 +88,43 @@ def specs(runs: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{name} is {spec}" for name, spec in sorted(known.items()) if name != spec.removesuffix(":rounds=1")]
 
 
-def comparison(table: Sequence[dict[str, Any]], reference: dict[str, Any], form: str = "md") -> str:
-    """``report.comparison`` with a run, in one of ``FORMATS``: in points to read, as fractions for machines."""
+def comparison(
+    pairs: Sequence[tuple[dict[str, Any], Sequence[dict[str, Any]]]], form: str = "md", rule: str = "mean"
+) -> str:
+    """``paired.comparison`` with each of some references: points to read, fractions for machines.
+
+    Args:
+        pairs: a reference, and the rows that are held against it.
+        form: one of ``FORMATS``.
+        rule: what an accuracy is.
+    """
     if form in ("json", "csv"):
-        return machine(table, form, list(table[0]) if table else [])
-    head = ["purifier", "classifier", "attack", "view", "budget", "draws", "n", "robust %", "reference %"]
-    head += ["difference [95 %]", "p", "p (Holm)", "detectable"]
-    rows = [
+        rows = [row | {"against": _defense(one), "rule": rule} for one, table in pairs for row in table]
+        return machine(rows, form, list(rows[0]) if rows else [])
+    texts = [(_compared_latex if form == "latex" else _compared)(one, table, rule) for one, table in pairs]
+    return f"{PACKAGES}\n{''.join(texts)}" if form == "latex" else "\n".join(texts)
+
+
+HEAD = [
+    *("purifier", "classifier", "attack", "view", "budget", "draws", "n", "robust %", "reference %"),
+    *("difference [95 %]", "p", "p (Holm)", "detectable"),
+]
+"""The columns of a comparison."""
+
+
+def _compared(reference: dict[str, Any], table: Sequence[dict[str, Any]], rule: str) -> str:
+    return "\n".join([*grid(HEAD, _cells(table)), "", _paired(reference, table, rule)]) + "\n"
+
+
+def _compared_latex(reference: dict[str, Any], table: Sequence[dict[str, Any]], rule: str) -> str:
+    one = report.row(reference, reference["records"], rule)
+    caption = f"Robust accuracy, paired with {_defense(reference)}"
+    label = f"paired-with {one['purifier']} {one['classifier']} {one['display']} {one['norm']} {one['eps']}"
+    return tabular(HEAD, _cells(table), caption, _paired(reference, table, rule), label=label)
+
+
+def _cells(table: Sequence[dict[str, Any]]) -> list[list[str]]:
+    return [
         [
             *(str(r[key]) for key in ("purifier", "classifier", "display", "view", "budget", "draws", "n")),
             wording.percent(r["robust"]), wording.percent(r["reference"]),
@@ -103,20 +133,24 @@ def comparison(table: Sequence[dict[str, Any]], reference: dict[str, Any], form:
         ]
         for r in table
     ]  # fmt: skip
-    one = report.row(reference, reference["records"])
+
+
+def _paired(reference: dict[str, Any], table: Sequence[dict[str, Any]], rule: str) -> str:
+    """What a comparison says below itself."""
+    one = report.row(reference, reference["records"], rule)
     note = (
-        f"Reference: {one['purifier']} + {one['classifier']} under {one['display']}, view {one['view']}; "
+        f"Reference: {_defense(reference)} under {one['display']}, view {one['view']}; "
         f"{wording.facts(Table([one]))} Differences to it are paired over the images that both have: intervals "
         "are normal, with an image not seen either way, p by sign flips, Holm over the rows; detectable is what such a "
         "test would notice in four of five cases."
     )
     if any(r["display"] != one["display"] for r in table):
         note += " Where attacks differ, so may their strength: such a difference is theirs as much as the defense's."
-    if form == "latex":
-        caption = f"Robust accuracy, paired with {one['purifier']} + {one['classifier']}"
-        label = f"paired-with {one['purifier']} {one['classifier']} {one['display']} {one['norm']} {one['eps']}"
-        return f"{PACKAGES}\n{tabular(head, rows, caption, note, label=label)}"
-    return "\n".join([*grid(head, rows), "", note]) + "\n"
+    return note
+
+
+def _defense(run: dict[str, Any]) -> str:
+    return f"{evidence.purifier(run)} + {run['names']['classifier']}"
 
 
 def _markdown(table: Table, columns: Sequence[str] = ()) -> str:

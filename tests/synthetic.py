@@ -63,7 +63,7 @@ def made(
         "complete": True, "seconds": 0.5 * n,
     }  # fmt: skip
     identity |= {key: value for key, value in changed.items() if key in identity}
-    names = {"attack": attack, "classifier": "resnet", "display": display, "purifier": purifier}
+    names = {"attack": attack, "classifier": identity["classifier"], "display": display, "purifier": purifier}
     keys = ("attack", "view", "budget", "seed", "eps", "precision", "protocol")
     folder = "-".join(["results/made", purifier, attack, *(str(identity[key]) for key in keys)])
     return {

@@ -589,6 +589,16 @@ def test_a_gradient_that_passes_a_decision_by_is_warned_of(tmp_path, capsys, pur
     assert (("gradient-integral", "warn") in [check[:2] for check in grade.checks]) == warned
 
 
+class Smoothed(TwoLogits):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 0.1 * torch.randn_like(x))
+
+
+def test_a_classifier_that_draws_is_told_where_its_noise_belongs(tmp_path):
+    with pytest.raises(RunError, match=r"repeatable: .*--purifier noise:sigma=0.1 --copies 10 --combine vote"):
+        evaluate(Defense(Identity(), Smoothed()), gaussian(8), "pgd", eps="1/64", n=8, out=tmp_path, quiet=True)
+
+
 class Saturated(TwoLogits):
     """So sure that the softmax is 1 in float32, and cross-entropy's gradient 0."""
 

@@ -82,6 +82,17 @@ def test_many_strong_rivals_hide_each_other_no_more_than_weak_ones_do():
     assert graded(made(0.6, n=120), *rivals).letter == graded(made(0.6, n=120), rivals[0]).letter == "F"
 
 
+def test_the_identity_stands_for_a_purifier_that_rounds_and_offers_nothing_better(tmp_path):
+    """Else its author could do nothing to leave grade C."""
+    mine = tmp_path / "mine.py"
+    mine.write_text("from purifiers import Purifier\n\nclass Rounds(Purifier):\n    differentiable = False\n")
+    for purifier, view, counts in (
+        (f"file:{mine}:Rounds", "bpda", True), (f"file:{mine}:Rounds", "blind", False),
+        ("jpeg", "bpda", False), ("vae", "bpda", False), ("file:elsewhere.py:Mine", "bpda", False),
+    ):  # fmt: skip
+        assert evidence.own(view, purifier) == counts, (purifier, view)
+
+
 def test_a_surrogate_stands_for_no_attack_where_there_is_an_exact_gradient():
     for purifier, gradient, counts in (
         ("vqvae", "soft", True), ("latent-vq", "ste", True), ("jpeg", "soft", True),

@@ -302,8 +302,10 @@ def test_what_is_seen_is_what_was_computed(name, case, make):
     """Each stage's output is the next one's input, the last the purified image, its noise the round's own."""
     purifier = make(case)
     seen, _ = watch(WATCHABLE[name], purifier)
-    rounds = [s[2][-1].path[-1] for s in seen if s[0] == "start"]
-    assert rounds == [*range(purifier.rounds)]
+    drawn = [s[2][-1].normal("site", like=X) for s in seen if s[0] == "start"]
+    assert len(drawn) == purifier.rounds
+    for r, values in enumerate(drawn):
+        assert torch.equal(values, tape().fold("round", r).normal("site", like=X))
     for (before, _, _, output), (stage, k, inputs, _) in zip(seen, seen[1:], strict=False):
         state = output[0] if before == "start" else output
         assert inputs[0 if k is None else 1] is state, (before, stage)

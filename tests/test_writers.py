@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmark import audit, cli, evidence, latex, references, report, writers
+from benchmark import audit, cli, evidence, latex, paired, references, report, writers
 from benchmark.compact import compact
 from benchmark.errors import UsageError
 from benchmark.results import find_runs
@@ -175,7 +175,7 @@ def written(name: str) -> str:
     if stem == "compact":
         return compact(runs, form)
     if stem == "comparison":
-        return writers.comparison(report.comparison(runs[0], runs[1:]), runs[0], form)
+        return writers.comparison([(runs[0], paired.comparison(runs[0], runs[1:]))], form)
     if stem == "matches":
         return writers.matches(report.matched([*runs, made(0.7, purifier="vae:temperature=2.0", clean=0.7)], [0.8]))
     if stem == "grades":

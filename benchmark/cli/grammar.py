@@ -160,6 +160,10 @@ def _report(commands: Any) -> None:
     what = sub.add_argument_group("what is made, if not a table of all runs").add_mutually_exclusive_group()
     what.add_argument("--compact", action="store_true", help="a line per defense: its attacks, worst case, rank")
     what.add_argument(
+        "--against", action="append", metavar="NAME=VALUE",
+        help="paired differences of each defense's worst case to that of the one so named, e.g. purifier=identity",
+    )  # fmt: skip
+    what.add_argument(
         "--compare", nargs="+", metavar="FOLDER",
         help="paired differences to the first, which holds one run, on the images that both have",
     )  # fmt: skip

@@ -82,7 +82,7 @@ def _runs(arguments: argparse.Namespace) -> Runs:
 
 
 def _compare(arguments: argparse.Namespace) -> str:
-    from benchmark import report, writers
+    from benchmark import paired, writers
     from benchmark.results import find_runs
 
     if arguments.paths != ["results"]:
@@ -95,7 +95,18 @@ def _compare(arguments: argparse.Namespace) -> str:
         raise UsageError(f"name what {first} is compared with: report --compare {first} OTHER…")
     if (form := arguments.format or "md") == "html":
         raise UsageError("a comparison is md, csv, json or latex; the page shows which defenses tie")
-    return writers.comparison(report.comparison(reference, find_runs(others)), reference, form)
+    rule = arguments.rule or "mean"
+    return writers.comparison([(reference, paired.comparison(reference, find_runs(others), rule))], form, rule)
+
+
+def _against(arguments: argparse.Namespace) -> str:
+    from benchmark import paired, writers
+
+    if (form := arguments.format or "md") == "html":
+        raise UsageError("differences are md, csv, json or latex; the page shows which defenses tie")
+    rule = arguments.rule or "mean"
+    pairs = paired.against(_runs(arguments).chosen, arguments.against)
+    return writers.comparison([(one, paired.comparison(one, others, rule)) for one, others in pairs], form, rule)
 
 
 def _match(arguments: argparse.Namespace) -> str:
@@ -249,7 +260,8 @@ def tables(arguments: argparse.Namespace) -> int:
 
 REPORTS: dict[str, tuple[Callable[[argparse.Namespace], str], tuple[str, ...]]] = {
     "compact": (_compact, ("format", "rule", "beside", "where")),
-    "compare": (_compare, ("format",)),
+    "against": (_against, ("format", "rule", "where")),
+    "compare": (_compare, ("format", "rule")),
     "match": (_match, ("columns", "where")),
     "figures": (_figures, ("out", "beside", "where")),
     "gallery": (_gallery, ("images", "dataset", "weights", "data_dir")),

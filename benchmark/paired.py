@@ -1,0 +1,118 @@
+"""Paired differences: how much more of the same images one defense keeps than another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from benchmark import evidence, stats
+from benchmark.errors import UsageError
+from benchmark.results import WHERE, conditions, meant
+
+SAME = ("fingerprint", "norm", "eps", "budget", "precision", "protocol")
+"""What a row shares with the one that it is held against, beside what ``against`` leaves alone."""
+
+
+def comparison(reference: dict[str, Any], others: Iterable[dict[str, Any]], rule: str = "mean") -> list[dict[str, Any]]:
+    """Robust accuracy of other runs minus that of a reference, paired over the images that both have.
+
+    Beside each p-value stands Holm's correction for all rows, and the difference that would have been detected.
+
+    Args:
+        reference, others: runs, or worst cases of several, each with its records.
+        rule: what an accuracy is, one of ``report.RULES``.
+
+    Raises:
+        UsageError: if a run is of another threat model or radius, shares no image with the reference, or knows nothing
+            of the rule.
+    """
+    table: list[dict[str, Any]] = []
+    others = list(others)
+    threat = tuple(reference["identity"][key] for key in ("norm", "eps"))
+    for run in (reference, *others):
+        if not run["records"]:
+            raise UsageError(f"{run['folder']} has no finished image yet: the command that began it continues it")
+    for run in others:
+        if (theirs := tuple(run["identity"][key] for key in ("norm", "eps"))) != threat:
+            raise UsageError(
+                f"{run['folder']} is of {' '.join(theirs)}, {reference['folder']} of {' '.join(threat)}: accuracies "
+                "under different threat models aren't compared"
+            )
+        ids = {r["id"] for r in reference["records"]} & {r["id"] for r in run["records"]}
+        if reference["identity"]["fingerprint"] != run["identity"]["fingerprint"] or not ids:
+            raise UsageError(
+                f"{run['folder']} shares no image with {reference['folder']}: compare runs on one data set"
+            )
+        a, b = (_scores(one, ids, rule) for one in (run, reference))
+        table.append(
+            _named(run)
+            | {"n": len(ids), "reference": float(b.mean()), "robust": float(a.mean())}
+            | stats.compare(a, b)._asdict()
+            | {"detectable": stats.detectable(a, b, tests=len(others))}
+        )
+    for row, corrected in zip(table, stats.holm([row["p"] for row in table]), strict=True):
+        row["p_holm"] = corrected
+    return table
+
+
+def against(
+    runs: Iterable[dict[str, Any]], wanted: Sequence[str]
+) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """The headline of each defense beside the one it is held against: (reference, others), a pair per reference.
+
+    A headline is the worst case over the attacks that met a defense under one protocol. It is held against the one that
+    is as ``wanted`` says, e.g. purifier=identity, and in all else of ``WHERE`` its like: of one classifier, say.
+
+    Args:
+        runs: with their records.
+        wanted: conditions NAME=VALUE.
+
+    Raises:
+        UsageError: for a condition on nothing of ``WHERE``, or if none, or several, are meant.
+    """
+    asked = conditions(wanted, "--against")
+    rows = [run | {"records": records} for run, records, _ in evidence.headline(runs)]
+    free = [name for name in ("purifier", "classifier") if name not in asked]
+    free += [key for key in SAME if key not in asked]
+    references = [row for row in rows if meant(row, asked)]
+    if not references:
+        known = ", ".join(sorted({f"{n}={r['names'].get(n, r['identity'][n])}" for r in rows for n in asked}))
+        raise UsageError(f"--against {' '.join(wanted)}: no such row; there are {known}")
+
+    def key(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row["identity"][name] for name in free)
+
+    by_key: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for reference in references:
+        if (twin := by_key.setdefault(key(reference), reference)) is not reference:
+            raise UsageError(
+                f"--against {' '.join(wanted)} means {twin['folder']} and {reference['folder']}: name more of "
+                f"{', '.join(WHERE)}"
+            )
+    held: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if key(row) in by_key and not meant(row, asked):
+            held.setdefault(key(row), []).append(row)
+    if not held:
+        raise UsageError(f"--against {' '.join(wanted)}: nothing else is recorded that could be held against it")
+    for of, others in held.items():
+        yield by_key[of], others
+
+
+def _scores(run: dict[str, Any], ids: set[int], rule: str) -> Any:
+    """How right each image is after the attack."""
+    found = evidence.scores(run, [r for r in run["records"] if r["id"] in ids], "adv", rule)
+    if found is None:
+        raise UsageError(f"{run['folder']}: its records can't tell {rule}: take another --rule")
+    return found
+
+
+def _named(run: dict[str, Any]) -> dict[str, Any]:
+    """What a run is called where it is compared."""
+    identity, names = run["identity"], run["names"]
+    return {
+        "purifier": evidence.purifier(run),
+        **{key: names[key] for key in ("classifier", "display")},
+        "view": evidence.view(identity),
+        **{key: identity[key] for key in ("norm", "eps", "budget", "draws", "seed")},
+    }

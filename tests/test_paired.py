@@ -1,0 +1,80 @@
+"""Paired differences: of runs, and of worst cases against the one that is meant."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import pytest
+
+from benchmark import paired, writers
+from benchmark.errors import UsageError
+from tests.synthetic import made
+
+BARE = [made(0.4, purifier="identity", draws=1), made(0.3, purifier="identity", attack="autoattack", draws=1)]
+VAE = [made(0.5, purifier="vae"), made(0.55, purifier="vae", attack="autoattack")]
+ELSEWHERE = [
+    made(0.6, purifier="identity", classifier="resnet-at", draws=1),
+    made(0.8, purifier="vae", classifier="resnet-at"),
+]
+
+
+def named(run: dict) -> tuple[str, str]:
+    return run["identity"]["purifier"].split(":")[0], run["identity"]["classifier"]
+
+
+def test_worst_cases_are_held_against_the_one_that_is_meant_before_the_same_classifier():
+    pairs = list(paired.against([*VAE, *BARE, *ELSEWHERE], ["purifier=identity"]))
+    assert [(named(one), [named(other) for other in others]) for one, others in pairs] == [
+        (("identity", "resnet"), [("vae", "resnet")]),
+        (("identity", "resnet-at"), [("vae", "resnet-at")]),
+    ]
+    (here,), (there,) = (paired.comparison(one, others) for one, others in pairs)
+    # the worst case of each: 12 of 40 images against 20, and 24 against 32
+    assert (here["reference"], here["robust"], here["difference"]) == (0.3, 0.5, pytest.approx(0.2))
+    assert (there["reference"], there["robust"], there["n"]) == (0.6, 0.8, 40)
+    assert 0 < here["low"] < 0.2 < here["high"] and here["p"] < 0.05
+
+
+def test_one_reference_may_be_meant_for_all():
+    ((one, others),) = paired.against(
+        [*VAE, *BARE, *ELSEWHERE], ["purifier=identity", "classifier=resnet"]
+    )  # fmt: skip
+    assert named(one) == ("identity", "resnet") and len(others) == 3
+    text = writers.comparison([(one, paired.comparison(one, others))])
+    assert text.count("Reference: identity + resnet under worst case of") == 1 and "theirs as much" in text
+    rows = list(csv.DictReader(io.StringIO(writers.comparison([(one, paired.comparison(one, others))], "csv"))))
+    assert {row["against"] for row in rows} == {"identity + resnet"} and len(rows) == 3
+
+
+def test_other_radii_budgets_and_copies_stand_apart():
+    others = [made(0.7, purifier="vae", eps="8/255"), made(0.7, purifier="vae", budget="standard")]
+    ((_, held),) = paired.against([*VAE, *BARE, *others], ["purifier=identity"])
+    assert [run["identity"]["eps"] for run in held] == ["16/255"]
+    voted = made(0.6, purifier="identity", copies=10)
+    with pytest.raises(UsageError, match=r"means .* and .*: name more of .*copies"):
+        list(paired.against([*VAE, *BARE, voted], ["purifier=identity"]))
+    ((one, held),) = paired.against([*VAE, *BARE, voted], ["purifier=identity", "copies=1"])
+    assert one["identity"]["copies"] == 1 and named(held[0]) == ("vae", "resnet")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (["purifier=nvae"], "no such row; there are purifier=identity, purifier=vae"),
+        (["attack=pgd"], "--against attack=pgd: expected NAME=VALUE with a name of"),
+        (["norm=Linf"], "nothing else is recorded"),
+    ],
+)
+def test_what_nothing_or_several_are_meant_by_is_refused(wanted, message):
+    with pytest.raises(UsageError, match=message):
+        list(paired.against([*VAE, *BARE], wanted))
+    with pytest.raises(UsageError, match="nothing else is recorded"):
+        list(paired.against(BARE, ["purifier=identity"]))
+
+
+def test_a_rule_that_records_cannot_tell_is_refused():
+    with pytest.raises(UsageError, match="can't tell mean-logits: take another --rule"):
+        paired.comparison(BARE[0], VAE, "mean-logits")
+    (row, _) = paired.comparison(BARE[0], VAE, "majority")
+    assert row["difference"] == pytest.approx(0.1)
