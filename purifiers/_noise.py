@@ -119,7 +119,8 @@ class Tape:
 
     def uniform(self, *site: Site, like: Tensor) -> Tensor:
         words = self._words(("uniform", *site), like)
-        return self._rows((words >> 8).to(torch.float32) * 2.0**-24, like)
+        below = 1 - torch.finfo(like.dtype).eps / 2  # the largest number below 1: half precision rounds up to 1
+        return self._rows((words >> 8).to(torch.float32) * 2.0**-24, like).clamp_max(below)
 
     def _words(self, site: tuple[Site, ...], like: Tensor) -> Tensor:
         """Random words of shape (B, blocks, 4) for at least as many elements as a row of ``like`` has."""

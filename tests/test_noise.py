@@ -167,6 +167,13 @@ def test_the_tape_leaves_the_global_generator_alone_and_ignores_it():
         assert torch.equal(draw("normal", tape(), "site"), values)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_uniform_noise_is_below_one_in_every_precision(dtype):
+    """An index floor(n u) would else lie outside, one draw in some hundreds."""
+    u = Tape(0, "attack", torch.arange(4)).uniform("site", like=torch.empty(4, 4096, dtype=dtype))
+    assert u.min() >= 0 and u.max() < 1 and u.max() > 0.99
+
+
 def test_fresh_noise_follows_the_global_generator():
     like = torch.empty(4, 3)
     with torch.random.fork_rng():
