@@ -286,6 +286,10 @@ class Cell:
 
     def run(self) -> Path:
         """Attack every example that isn't recorded yet; returns the folder."""
+        with defenses.as_it_was(self.defense, self.attacker):
+            return self._run()
+
+    def _run(self) -> Path:
         s, began = self.settings, time.monotonic()
         self.folder.check_identity()
         self.check_same()

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import itertools
 import json
 import re
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from benchmark import checkpoints, data, registry
 from benchmark.data import Form
 from benchmark.errors import UsageError
 from benchmark.fetch import network
-from benchmark.fingerprint import fingerprint, stamp
+from benchmark.fingerprint import BOOKKEEPING, fingerprint, stamp
 from benchmark.foreign import Foreign
 from purifiers import Defense, Purifier
 
@@ -129,11 +132,44 @@ def lent(defense: Defense) -> Iterator[None]:
             defense.to(home)
 
 
+TORCHS = {*vars(nn.Module()), *BOOKKEEPING}
+"""What torch keeps in every module."""
+KEPT = (list, dict, set, Counter, defaultdict, OrderedDict)
+"""Containers that are put back as they were; others may refuse, e.g. a configuration that is frozen."""
+
+
+@contextmanager
+def as_it_was(*defenses: Defense) -> Iterator[None]:
+    """What calls leave behind in a module, e.g. a counter or a log, is undone at the end.
+
+    It would else be another defense at the next attack. One whose answers depend on it fails the preflight.
+    """
+    modules = {module for defense in defenses for module in defense.modules()}
+    held = [(vars(m), {k: v for k, v in vars(m).items() if k not in TORCHS}) for m in modules]
+    filled: list[tuple[Any, Any]] = [(v, copy.copy(v)) for _, had in held for v in had.values() if type(v) in KEPT]
+    buffers = [(buffer, buffer.clone()) for m in modules for buffer in m.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for now, had in held:
+            for name in [k for k in now if k not in TORCHS and k not in had]:
+                del now[name]
+            now.update(had)
+        for container, content in filled:
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
+        with torch.no_grad():
+            for buffer, values in buffers:
+                buffer.copy_(values)
+
+
 def tamed(defense: Defense, x: Tensor) -> Defense:
     """The defense with a purifier that obeys tapes: a module that knows nothing of them runs as ``Foreign``."""
     if isinstance(defense.purifier, Purifier):
         return defense
-    tame = Defense(Foreign(defense.purifier, x), defense.classifier, copies=defense.copies, combine=defense.combine)
+    with as_it_was(defense):
+        foreign = Foreign(defense.purifier, x)
+    tame = Defense(foreign, defense.classifier, copies=defense.copies, combine=defense.combine)
     tame.accuracy = getattr(defense, "accuracy", None)  # type: ignore[assignment]
     return tame
 

@@ -16,6 +16,7 @@ from attacks._calls import Request
 from attacks._gradient import ce
 from attacks._recompute import ROWS
 from benchmark import memory
+from benchmark.defenses import as_it_was
 from benchmark.errors import NotApplicableError
 from purifiers import Defense, Tape
 
@@ -113,6 +114,11 @@ def price(cell: Cell) -> Price:
     Raises:
         NotApplicableError: if the cell's view asks the purifier for what it doesn't have.
     """
+    with as_it_was(cell.defense, cell.attacker):
+        return _price(cell)
+
+
+def _price(cell: Cell) -> Price:
     cell.check_classes()
     left = len(cell.left())
     classes, pixels = cell.data.form.classes, math.prod(cell.data.shape)

@@ -641,6 +641,34 @@ def test_a_defense_built_by_hand_with_other_options_is_another_run(tmp_path):
     assert quiet.folder != loud.folder, "the second evaluation must not be answered with the first one's records"
 
 
+class Counts(Linear):
+    """Keeps an account of its calls, as published purifiers do: in an attribute, a list and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.log = 0, ["begun"]
+        self.register_buffer("counter", torch.zeros(1))
+
+    def clean(self, x: Tensor, noise: Noise) -> Tensor:
+        self.calls += 1
+        self.log.append(len(x))
+        self.last = x.detach()
+        self.counter += 1
+        return super().clean(x, noise)
+
+
+def test_a_defense_that_counts_its_calls_is_the_same_at_the_next_evaluation(tmp_path, capsys):
+    defense = Defense(Counts(), TwoLogits())
+    settings = {"attack": "pgd:steps=1", "eps": "1/64", "out": tmp_path}
+    first = evaluate(defense, gaussian(8), n=4, quiet=True, **settings)
+    assert (defense.purifier.calls, defense.purifier.log, float(defense.purifier.counter)) == (0, ["begun"], 0)
+    assert not hasattr(defense.purifier, "last"), "it is given back as it was"
+    more = evaluate(defense, gaussian(8), n=8, quiet=True, **settings)
+    assert more.folder == first.folder and len(more.records) == 8
+    again = evaluate(defense, gaussian(8), n=8, quiet=False, **settings)
+    assert again.folder == first.folder and "nothing to compute" in capsys.readouterr().err
+
+
 def test_a_loaded_defense_that_was_changed_is_no_longer_the_one_that_was_loaded(tmp_path):
     def loaded() -> Defense:
         return load("vae", classifier="resnet", dataset="fashion-mnist")
