@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 from benchmark import evidence, registry, report
 from benchmark.errors import UsageError
+from benchmark.grades import grades
 
 Number = int | float | Fraction
+Members = list[dict[str, Any]]
 UNSHARED = ("purifier", "draws", "select")
 """What the points of a line needn't share, of ``evidence.CELL``; of the purifier, all but one option."""
 
@@ -44,16 +46,23 @@ class Line(NamedTuple):
         return list(zip(self.values, self.rows, strict=True))
 
 
-def lines(runs: Iterable[dict[str, Any]]) -> list[Line]:
+def lines(runs: Iterable[dict[str, Any]], beside: Iterable[dict[str, Any]] = ()) -> list[Line]:
     """Every line of two values and more, over the radius, the purifier's options and the attack's.
 
     A point is one attack on one defense, over what gradients it took; where the same attacks met a defense at each
     value, their worst case makes another line. Runs on other images share none; the number of draws may
     differ, for it moves only the intervals, and a setting without noise has one.
+
+    Args:
+        runs: with their records.
+        beside: further runs that speak in the grades, and are no point.
     """
+    runs = [run for run in runs if run["records"]]
+    points = list(_points(runs))
+    graded = grades([point[:3] for point in points], [*beside, *runs])
     found: dict[str, dict[Number, dict[str, Any]]] = {}
     facts: dict[str, tuple[str, str, str]] = {}
-    for run, records, attacks in _points([run for run in runs if run["records"]]):
+    for (run, records, _, attacks), grade in zip(points, graded, strict=True):
         shared = {key: run["identity"][key] for key in evidence.CELL if key not in UNSHARED}
         shared |= {"ids": sorted(r["id"] for r in records)}
         specs = {"": registry.parse(registry.completed("purifiers", run["identity"]["purifier"]))}
@@ -61,28 +70,31 @@ def lines(runs: Iterable[dict[str, Any]]) -> list[Line]:
             specs["attack "] = registry.parse(attacks[0])
         else:
             shared["attacks"] = attacks
-        row = report.row(run, records)
+        row = report.row(run, records, grade=grade.letter)
         for axis, value in _numbers(specs, shared["eps"]).items():
             rest = {key: value for key, value in shared.items() if key != axis}
             others = [
                 replace(s, options={k: v for k, v in s.options.items() if p + k != axis}) for p, s in specs.items()
             ]
             key = json.dumps([axis, rest, *map(str, others)], sort_keys=True)
-            points = found.setdefault(key, {})
-            if value not in points or points[value]["draws"] < row["draws"]:
-                points[value] = row
+            along = found.setdefault(key, {})
+            if value not in along or along[value]["draws"] < row["draws"]:
+                along[value] = row
             facts[key] = axis, *_names(axis, run["names"], row)
-    made = [Line(*facts[key], *zip(*sorted(points.items()), strict=True)) for key, points in found.items()]
+    made = [Line(*facts[key], *zip(*sorted(along.items()), strict=True)) for key, along in found.items()]
     return sorted((line for line in made if len(line.values) > 1), key=lambda line: line[:3])
 
 
-def _points(runs: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]], list[str]]]:
-    """Each attack, and each worst case, on each defense: a run, its records and the specs of the attacks behind it."""
+def _points(runs: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]], Members, list[str]]]:
+    """Each attack, and each worst case, on each defense: a run, its records, and the runs and specs behind it."""
     for part in evidence.met(runs):
-        specs = sorted({registry.completed("attacks", run["identity"]["attack"]) for run in part})
+        specs = [registry.completed("attacks", run["identity"]["attack"]) for run in part]
         for run, records in evidence.by_attack(part):
-            spec = registry.completed("attacks", run["identity"]["attack"])
-            yield run, records, specs if run["names"]["attack"] == evidence.WORST else [spec]
+            if run["names"]["attack"] == evidence.WORST:
+                yield run, records, part, sorted(set(specs))
+            else:
+                spec = registry.completed("attacks", run["identity"]["attack"])
+                yield run, records, [one for one, its in zip(part, specs, strict=True) if its == spec], [spec]
 
 
 def _numbers(specs: dict[str, registry.Spec], eps: str) -> dict[str, Number]:

@@ -36,7 +36,7 @@ def figures(
     - ``attacks``: for each defense that met several attacks on the same images, each attack and the worst case.
     - ``views``, ``seeds``, ``copies``: one attack on one defense, side by side for each that a grid varied.
     - over a number: accuracies over each that a grid varied, named by it (``eps``, ``t_star``, ``attack-steps``), a
-      line per defense, a figure per attack.
+      line per defense, a figure per attack. A marker is empty where the grade is F.
     - ``dials``: robust against clean accuracy along each option of a purifier, a line per option and defense.
 
     Threat models, data sets, budgets and numbers of images never share a figure.
@@ -97,7 +97,7 @@ def _drawn(runs: list[dict[str, Any]], beside: Sequence[dict[str, Any]]) -> Iter
             labels = [*(row["display"] for row in rows[:-1]), "worst case"]
             yield f"{name}-{one['budget']}-n{one['n']}{_seed(one)}", partial(_bars, rows, labels, title), rows
     yield from _sides([run for run in runs if run["records"]])
-    yield from _curves(grids.lines(runs))
+    yield from _curves(grids.lines(runs, beside))
 
 
 SIDES = {"views": ("view", "attacker"), "seeds": ("seed",), "copies": ("copies", "combine")}
@@ -288,6 +288,20 @@ def line_style(number: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _hollow(axes: Any, across: list[float], rows: list[dict[str, Any]], style: dict[str, Any]) -> None:
+    """Empty the markers of what a grade withholds, for something stronger is recorded."""
+    withheld = [(x, 100 * r["robust"]) for x, r in zip(across, rows, strict=True) if r["grade"] == "F"]
+    if withheld:
+        axes.plot(*zip(*withheld, strict=True), **style | {"linestyle": "none"}, markerfacecolor="white", zorder=3)
+
+
+def _named_beside(axes: Any, lines: list[grids.Line]) -> None:
+    """The legend of lines, and of an empty marker if there is one."""
+    if any(row["grade"] == "F" for line in lines for row in line.rows):
+        axes.plot([], [], "o", color="#6b7280", markerfacecolor="white", markersize=5, label="empty: grade F")
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 def _over(lines: list[grids.Line], labels: list[str], title: str, plt: Any) -> Any:
     """Robust accuracy over a number; along a dial clean accuracy, too, which no radius and no attack changes."""
     figure, axes = plt.subplots(figsize=(4.4, 3.2))
@@ -296,13 +310,14 @@ def _over(lines: list[grids.Line], labels: list[str], title: str, plt: Any) -> A
         values, rows, style = [float(v) for v in line.values], list(line.rows), line_style(number)
         errors = {"yerr": _errors(rows, "robust"), "capsize": 2, "elinewidth": 0.8}
         axes.errorbar(values, [100 * r["robust"] for r in rows], label=labels[number], **errors, **style)
+        _hollow(axes, values, rows, style)
         if line.dial:
             axes.plot(values, [100 * r["clean"] for r in rows], color=style["color"], linewidth=0.9, linestyle=":")
     if len(ticks) <= 8:
         axes.set_xticks(sorted(ticks), [ticks[value] for value in sorted(ticks)])
     axes.set(xlabel="radius eps" if lines[0].axis == "eps" else lines[0].axis, title=title, ylim=(-3, 103))
     axes.set_ylabel("robust accuracy (%); dotted: clean" if lines[0].dial else "robust accuracy (%)")
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    _named_beside(axes, lines)
     return figure
 
 
@@ -312,9 +327,10 @@ def _plane(lines: list[grids.Line], labels: list[str], title: str, plt: Any) -> 
     for number, line in enumerate(lines):
         clean, robust = ([100 * row[key] for row in line.rows] for key in ("clean", "robust"))
         axes.plot(clean, robust, label=f"{labels[number]}: {line.axis}", **line_style(number))
+        _hollow(axes, clean, list(line.rows), line_style(number))
         for k in (0, -1):
             text, style = f"{float(line.values[k]):g}", {"fontsize": 6, "color": COLOURS[number % len(COLOURS)]}
             axes.annotate(text, (clean[k], robust[k]), xytext=(3, 3), textcoords="offset points", **style)
     axes.set(xlabel="clean accuracy (%)", ylabel="robust accuracy (%)", title=title, ylim=(-3, 103))
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    _named_beside(axes, lines)
     return figure

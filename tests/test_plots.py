@@ -13,7 +13,7 @@ import pytest
 from benchmark import cli, evidence, registry, report
 from benchmark.errors import UsageError
 from benchmark.grids import UNSHARED, lines
-from benchmark.plots import figures
+from benchmark.plots import _over, _plane, figures
 from benchmark.results import find_runs
 from tests.synthetic import made
 
@@ -102,6 +102,26 @@ def test_no_line_through_what_differs_in_more_than_its_number(key):
     assert [line.axis for line in lines([base, other])] == ["t_star"]
     other["identity"][key] = OTHER[key]
     assert lines([base, other]) == []
+
+
+def test_a_point_that_something_recorded_contradicts_is_drawn_empty(tmp_path):
+    """The stronger attack need not be drawn: it may stand beside."""
+    runs = [made(0.8, eps=eps) for eps in ("8/255", "16/255")]
+    stronger = made(0.2, attack="autoattack", eps="16/255")
+    (line,) = lines(runs, [stronger])
+    assert [row["grade"] for row in line.rows] == ["C", "F"]
+    csv = next(path for path in figures(runs, tmp_path, ["eps"], [stronger]) if path.suffix == ".csv")
+    assert [*pd.read_csv(csv)["grade"]] == ["C", "F"]
+
+    from matplotlib import pyplot as plt
+
+    for draw, several in ((_over, [line]), (_plane, [line._replace(axis="t_star")])):
+        figure = draw(several, ["vae"], "title", plt)
+        axes = figure.axes[0]
+        empty = [drawn for drawn in axes.lines if drawn.get_markerfacecolor() == "white" and len(drawn.get_xdata())]
+        assert [tuple(drawn.get_ydata()) for drawn in empty] == [(80.0,)]
+        assert "empty: grade F" in [text.get_text() for text in axes.get_legend().get_texts()]
+        plt.close(figure)
 
 
 def test_every_part_of_a_cell_keeps_lines_apart():
