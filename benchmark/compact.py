@@ -157,7 +157,7 @@ def _latex(lines: Sequence[Line], table: Table) -> str:
         for line, row in zip(these, rows, strict=True):
             row[column] += "†" * (line.row["grade"] == "F")
         one = these[0].row
-        caption = f"{one['dataset']}, budget {one['budget']}: accuracy in %"
+        caption = f"{wording.dataset(one['dataset'])}, budget {one['budget']}: accuracy in %"
         told = [wording.facts(of), *_notes(these, of)]
         told += ["Bold: rank 1."] * bool(first) + ["† Withheld: grade F."] * any("†" in row[column] for row in rows)
         labels.append(

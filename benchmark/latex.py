@@ -83,7 +83,8 @@ def latex(table: Table, columns: Sequence[str] = ()) -> str:
         made.append(
             _floating(
                 [escaped(title) for title in head], rows,
-                f"{one['dataset']}, {one['norm']} {one['eps']}, budget {one['budget']}, n {one['n']}{said}",
+                f"{wording.dataset(one['dataset'])}, {one['norm']} {one['eps']}, budget {one['budget']}, n {one['n']}"
+                f"{said}",
                 f"{wording.facts(of)} {wording.accuracy(of)}{told}",
                 labels[-1] if labels.count(labels[-1]) == 1 else f"{labels[-1]}-{labels.count(labels[-1])}",
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmark import registry
 from benchmark.grades import MEANING
 from benchmark.report import COLUMNS, RULES, Table
 
@@ -19,6 +20,21 @@ RANKS = (
     "Ranks are among rows of one protocol on the same images, each under what it met; rows that a paired test doesn't "
     "tell from the first of their group share one (sign flips at 5 %, corrected for all pairs)."
 )
+
+
+DATASETS = {
+    "celeba": "CelebA", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "fashion-mnist": "Fashion-MNIST",
+    "imagenet": "ImageNet", "mnist": "MNIST", "svhn": "SVHN",
+}  # fmt: skip
+"""What families of images are called in print."""
+
+
+def dataset(spec: str) -> str:
+    """What a caption calls a data set: its family, where the spec names one; the protocol line has the spec."""
+    parsed = registry.parse(spec)
+    family = str(parsed.options.get("family", parsed.name))
+    split = f", {parsed.options['split']} images" if "split" in parsed.options else ""
+    return DATASETS[family] + split if family in DATASETS else spec
 
 
 def facts(table: Table) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmark import audit, cli, evidence, latex, paired, references, report, writers
+from benchmark import audit, cli, evidence, latex, paired, references, report, wording, writers
 from benchmark.compact import compact
 from benchmark.errors import UsageError
 from benchmark.results import find_runs
@@ -234,3 +234,16 @@ def test_a_real_latex_compiles_every_recorded_result(tmp_path, capsys):
     assert "Output written on tables.pdf" in done.stdout and "Float too large" not in done.stdout
     wide = [float(points) for points in re.findall(r"Overfull \\hbox \((\d+\.\d+)pt too wide", done.stdout)]
     assert max(wide, default=0) < 20, "a column beyond the page"
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("parquet:cifar10,family=cifar10,only=exact", "CIFAR-10"),
+        ("parquet:cifar10,split=validation,family=cifar10", "CIFAR-10, validation images"),
+        ("fashion-mnist", "Fashion-MNIST"),
+        ("images:2afe", "images:2afe"),
+    ],
+)
+def test_a_caption_calls_a_data_set_by_its_name(spec, said):
+    assert wording.dataset(spec) == said
