@@ -16,6 +16,7 @@ from attacks._gradient import ce
 from benchmark import evidence, stats, wording
 from benchmark.checks import Check
 from benchmark.errors import UsageError
+from benchmark.gate import check_shapes
 from benchmark.grades import MEANING, grades
 from benchmark.preflight import finite_difference_error, generic
 from benchmark.report import row
@@ -51,7 +52,7 @@ def gradients(cell: Cell) -> dict[str, Any]:
             f"{cell}: the audit tries every view itself, with an attack by gradients of the defense: leave out --view "
             "and --attacker, and name e.g. --attack pgd"
         )
-    cell.check_classes()
+    check_shapes(cell)
     cell.prepare()
     n = cell.n
     x, y = cell.data.images(slice(0, n)).to(cell.device), cell.data.labels[:n].to(cell.device)

@@ -16,19 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attacks import NORMS, PRECISIONS, Attack, Calls, NotApplicable, ThreatModel
+from attacks import NORMS, PRECISIONS, Attack, NotApplicable, ThreatModel
 from attacks._recompute import ROWS, Footprint, footprint
 from benchmark import checkpoints, config, data, defenses, evidence, memory, registry, report
-from benchmark.checks import failures
 from benchmark.engine import BLOCK, Engine, Incomplete
 from benchmark.environment import environment
 from benchmark.errors import NotApplicableError, RunError, UsageError
+from benchmark.gate import check_defense, check_past, check_shapes
 from benchmark.plan import Plan, plan
-from benchmark.preflight import accuracy_check, integral_check, preflight
 from benchmark.repeatable import make_repeatable
-from benchmark.results import Run, logits, read_run
-from benchmark.settings import KNOWN, Settings
-from benchmark.verdict import Judge, classes
+from benchmark.results import Run, read_run
+from benchmark.settings import Settings
 from benchmark.views import View
 from purifiers import Defense, Purifier, Tape
 
@@ -292,14 +290,14 @@ class Cell:
     def _run(self) -> Path:
         s, began = self.settings, time.monotonic()
         self.folder.check_identity()
-        self.check_same()
+        check_past(self)
         if not self.left():
             if not s.quiet:
                 which = f"all {self.n} images" if self.shard == (0, 1) else f"the images of shard {s.shard}"
                 where = f"are recorded in {self.folder.folder}" if self.folder.done() else f"of {self.n} are none"
                 print(f"{which} {where}: nothing to compute", file=sys.stderr)
             return self.folder.finish(self.n if s.shard is None else None)
-        self.check_classes()
+        check_shapes(self)
         if (caveat := self.attack.caveat(self.drawing)) and not s.quiet:
             print(f"note: {caveat}", file=sys.stderr)
         self.prepare()
@@ -310,7 +308,7 @@ class Cell:
                     work.close()
                     work.enter_context(self.folder.at_work())
                     self.folder.open(self.n, self.data.shape, rows=rows, mixed_environment=s.mixed_environment)
-                    self._preflight()
+                    check_defense(self)
                     Engine(self).run(began)
                     self._note_blank()
                     return self.folder.finish()
@@ -329,36 +327,6 @@ class Cell:
                 f"note: {1 - led:.0%} of the gradients were zero or not finite, so that the attack hardly moved: it is "
                 "weaker than its name; attack with pgd:loss=margin, with square, or through another --view, too",
                 file=sys.stderr,
-            )
-
-    def check_same(self) -> None:
-        """Whether a defense that its own code decides still says what it said of images that are recorded.
-
-        Its fingerprint doesn't see what that code reads from files or the environment. A shipped component's weights
-        and protocol say all.
-
-        Raises:
-            UsageError: if logits at the first recorded images are others.
-        """
-        done, identity = self.folder.done(), self.identity
-        by_hand = defenses.built_by_hand({"weights": identity.weights})
-        own = by_hand or "file:" in identity.purifier + identity.classifier
-        known = [p for p in range(self.n) if int(self.data.ids[p]) in done][:8]
-        if not (own and known) or (self.stochastic and self.folder.settings["noise"] == "global"):
-            return
-        make_repeatable(self.device)
-        x, ids = self.data.images(torch.tensor(known)).to(self.device), self.data.ids[known]
-        now = Judge(self, Calls(self.folder.begun_rows() or ROWS)).clean(x, ids).cpu()
-        stored = logits(self.folder.folder, "clean")
-        other = sum(
-            _other(logits, stored[i]) if i in stored else classes(logits).tolist() != done[i]["clean"]
-            for logits, i in zip(now, ids.tolist(), strict=True)
-        )
-        if other:
-            raise UsageError(
-                f"{self.folder.folder}: of {other} of {len(known)} recorded images the defense says something else: "
-                "something was changed that its fingerprint doesn't see, e.g. a file that it reads: nothing was "
-                "overwritten; choose another --out or delete the folder"
             )
 
     def left(self) -> list[int]:
@@ -399,84 +367,6 @@ class Cell:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.folder.halved(self.rows)
-
-    def check_classes(self) -> None:
-        """Whether the classifier's outputs fit the images, the labels and the attack's losses."""
-        x = self.data.images(slice(0, 1)).to(self.device)
-        try:
-            with torch.no_grad():
-                logits = self.defense.classifier(x)
-        except Exception as error:  # torch's own, of shapes that don't fit, or whatever a user's module raises
-            raise UsageError(
-                f"{self}: the classifier takes no images of shape {tuple(x.shape[1:])}: {registry.raised(error)}"
-            ) from error
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
-            what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-            raise UsageError(
-                f"{self}: the classifier returned {what}; it has to return logits, a tensor of shape (images, classes)"
-            )
-        classes = logits.shape[1]
-        form, least = self.data.form, self.attack.least_classes(self.drawing)
-        if form.family in data.FORMS and classes != form.classes:
-            raise UsageError(
-                f"{self}: {form.family} has {form.classes} classes, the classifier has {classes} outputs: wrap it in a "
-                f"function that returns the {form.classes} logits in the data set's order (file:mine.py:NAME), "
-                "without any that rejects an image"
-            )
-        highest = int(self.data.labels.max())
-        if highest >= classes:
-            raise UsageError(f"{self}: labels go up to {highest}, the classifier has {classes} outputs")
-        if classes < least:
-            raise UsageError(
-                f"{self}: the attack's losses need at least {least} classes, the classifier has {classes}; "
-                "aim at fewer targets, or use pgd, whose cross-entropy needs two"
-            )
-
-    def _preflight(self) -> None:
-        if not self.settings.preflight:
-            return
-        few = slice(0, min(8, len(self.data)))
-        x, y, ids = self.data.images(few).to(self.device), self.data.labels[few].to(self.device), self.data.ids[few]
-        view = self.view(keep=1) if self.attack.gradients(self.drawing) else None
-        # a defense may be another where it takes an image for an attacked one
-        near = self.threat.control(x, Tape(self.settings.seed, "preflight", ids).to(self.device).fold("near"))
-        try:
-            checks = [
-                check
-                for images in (x, near)
-                for check in preflight(
-                    self.defense, view, images, y, ids, seed=self.settings.seed, rows=32, attacker=self.attacker
-                )
-            ]
-        except NotApplicable as error:
-            self.folder.discard()
-            raise NotApplicableError(f"{self}: not applicable: {error}") from error
-        if view is not None:
-            tape = Tape(self.settings.seed, "preflight", ids).to(self.device)
-            checks.append(integral_check(self.attacker, view, x, tape, rows=ROWS))
-        if (expected := getattr(self.defense, "accuracy", None)) is not None:
-            few = slice(0, min(KNOWN, len(self.data)))
-            x, y = self.data.images(few).to(self.device), self.data.labels[few].to(self.device)
-            checks.append(accuracy_check(self.defense.classifier, x, y, expected, rows=32))
-        if failed := failures(checks):
-            self.folder.discard()
-            lines = "\n".join(f"  {c.id}: {c.value} (expected {c.threshold}): {c.advice}" for c in failed)
-            raise RunError(
-                f"preflight failed, nothing was run (--no-preflight runs anyway, and the table says so):\n{lines}"
-            )
-        self.folder.note(warnings=[check.id for check in checks if check.status == "warn"])
-        for check in () if self.settings.quiet else (c for c in checks if c.status == "warn"):
-            print(
-                f"note: {check.id} is {check.value:.2g} (expected {check.threshold}): {check.advice}", file=sys.stderr
-            )
-
-
-def _other(logits: Tensor, stored: np.ndarray) -> bool:
-    """Whether logits of some draws are others than those on disk, by more than another machine's rounding."""
-    then = torch.from_numpy(stored).to(logits.dtype)
-    scale = then.nan_to_num().abs().max().clamp_min(1)
-    same = then.shape == logits.shape
-    return not (same and torch.allclose(logits, then, rtol=0, atol=float(1e-3 * scale), equal_nan=True))
 
 
 LAID_OUT: WeakKeyDictionary[Defense, dict[tuple, tuple[str, Defense]]] = WeakKeyDictionary()

@@ -18,6 +18,7 @@ from attacks._recompute import ROWS
 from benchmark import memory
 from benchmark.defenses import as_it_was
 from benchmark.errors import NotApplicableError
+from benchmark.gate import check_shapes
 from purifiers import Defense, Tape
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ def price(cell: Cell) -> Price:
 
 
 def _price(cell: Cell) -> Price:
-    cell.check_classes()
+    check_shapes(cell)
     left = len(cell.left())
     classes, pixels = cell.data.form.classes, math.prod(cell.data.shape)
     disk = 4 * left * (pixels + classes * (3 * cell.draws + cell.select))
