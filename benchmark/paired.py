@@ -56,7 +56,7 @@ def comparison(reference: dict[str, Any], others: Iterable[dict[str, Any]], rule
 
 
 def against(
-    runs: Iterable[dict[str, Any]], wanted: Sequence[str]
+    runs: Iterable[dict[str, Any]], wanted: Sequence[str], under: str | None = None
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
     """The headline of each defense beside the one it is held against: (reference, others), a pair per reference.
 
@@ -66,11 +66,19 @@ def against(
     Args:
         runs: with their records.
         wanted: conditions NAME=VALUE.
+        under: the one attack, as it was named, under which all are held against each other, instead of the worst case.
 
     Raises:
-        UsageError: for a condition on nothing of ``WHERE``, or if none, or several, are meant.
+        UsageError: for a condition on nothing of ``WHERE``, for an attack that no run is of, or if none, or several,
+            are meant.
     """
     asked = conditions(wanted, "--against")
+    runs = list(runs)
+    if under is not None:
+        named = {run["names"]["attack"] for run in runs}
+        if under not in named:
+            raise UsageError(f"--under {under}: no such run; there are {', '.join(sorted(named))}")
+        runs = [run for run in runs if run["names"]["attack"] == under]
     rows = [run | {"records": records} for run, records, _ in evidence.headline(runs)]
     free = [name for name in ("purifier", "classifier") if name not in asked]
     free += [key for key in SAME if key not in asked]
@@ -96,7 +104,7 @@ def against(
     if not held:
         raise UsageError(f"--against {' '.join(wanted)}: nothing else is recorded that could be held against it")
     for of, others in held.items():
-        yield by_key[of], others
+        yield by_key[of], sorted(others, key=lambda row: [row["identity"][k] for k in ("classifier", "purifier")])
 
 
 def _scores(run: dict[str, Any], ids: set[int], rule: str) -> Any:

@@ -47,6 +47,15 @@ def test_one_reference_may_be_meant_for_all():
     assert {row["against"] for row in rows} == {"identity + resnet"} and len(rows) == 3
 
 
+def test_defenses_may_be_held_against_each_other_under_one_attack():
+    ((one, others),) = paired.against([*VAE, *BARE], ["purifier=identity"], "autoattack")
+    assert [run["names"]["attack"] for run in (one, *others)] == ["autoattack"] * 2
+    (row,) = paired.comparison(one, others)
+    assert (row["reference"], row["robust"]) == (0.3, 0.55)
+    with pytest.raises(UsageError, match="--under square: no such run; there are autoattack, pgd"):
+        list(paired.against([*VAE, *BARE], ["purifier=identity"], "square"))
+
+
 def test_other_radii_budgets_and_copies_stand_apart():
     others = [made(0.7, purifier="vae", eps="8/255"), made(0.7, purifier="vae", budget="standard")]
     ((_, held),) = paired.against([*VAE, *BARE, *others], ["purifier=identity"])

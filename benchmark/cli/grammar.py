@@ -187,6 +187,7 @@ def _report(commands: Any) -> None:
     how.add_argument(
         "--worst-case", action=argparse.BooleanOptionalAction, help="the row over attacks (default: in md and latex)"
     )
+    how.add_argument("--under", metavar="ATTACK", help="with --against: under this attack alone, not the worst case")
     how.add_argument("--columns", metavar="NAMES", help="only these, e.g. purifier,attack,robust")
     how.add_argument("--sort", metavar="COLUMN", help="order rows by a column, descending with a - before it")
     how.add_argument(

@@ -105,7 +105,7 @@ def _against(arguments: argparse.Namespace) -> str:
     if (form := arguments.format or "md") == "html":
         raise UsageError("differences are md, csv, json or latex; the page shows which defenses tie")
     rule = arguments.rule or "mean"
-    pairs = paired.against(_runs(arguments).chosen, arguments.against)
+    pairs = paired.against(_runs(arguments).chosen, arguments.against, arguments.under)
     return writers.comparison([(one, paired.comparison(one, others, rule)) for one, others in pairs], form, rule)
 
 
@@ -260,7 +260,7 @@ def tables(arguments: argparse.Namespace) -> int:
 
 REPORTS: dict[str, tuple[Callable[[argparse.Namespace], str], tuple[str, ...]]] = {
     "compact": (_compact, ("format", "rule", "beside", "where")),
-    "against": (_against, ("format", "rule", "where")),
+    "against": (_against, ("format", "rule", "where", "under")),
     "compare": (_compare, ("format", "rule")),
     "match": (_match, ("columns", "where")),
     "figures": (_figures, ("out", "beside", "where")),
