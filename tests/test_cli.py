@@ -204,6 +204,17 @@ def test_a_slip_in_the_last_cell_shows_before_the_first_runs(run, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
+def test_options_may_stand_in_a_file(tmp_path, capsys):
+    """As a shell reads them; what stands behind on the command line counts."""
+    table = tmp_path / "table.txt"
+    table.write_text(
+        '# table 1\n--purifier vae,"diffpure:t_star={0.1,0.2}"  # two families\n--eps 8/255 --n-examples 64\n'
+    )
+    arguments = grammar.parser().parse_args(["run", f"@{table}", "--n-examples", "8"])
+    assert (arguments.purifier, arguments.eps, arguments.n_examples) == ("vae,diffpure:t_star={0.1,0.2}", ["8/255"], 8)
+    assert cli.main(["run", "@nowhere.txt"]) == cli.USAGE and "nowhere.txt" in capsys.readouterr().err
+
+
 def test_radii_may_be_a_list(run, tmp_path):
     assert run("--eps", "1/255,2/255", "--eps", "0.1") == cli.DONE
     assert {one["identity"]["eps"] for one in find_runs([tmp_path / "out"])} == {"1/255", "2/255", "0.1"}

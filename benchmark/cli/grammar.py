@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,21 @@ AUDITS = ("gradients", "black-box", "grades")
 """What ``audit`` looks at."""
 
 
+class Grammar(argparse.ArgumentParser):
+    """A parser that reads a file of options as a shell would: many on a line, quotes, and comments after a #."""
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return shlex.split(arg_line, comments=True)
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole grammar."""
-    top = argparse.ArgumentParser(
+    top = Grammar(
         prog="python -m benchmark",
         description="Clean and robust accuracy of adversarial purification, under attacks on the whole defense.",
-        epilog="Example: python -m benchmark run --purifier diffpure --attack autoattack",
+        epilog="Example: python -m benchmark run --purifier diffpure --attack autoattack. @FILE stands for the options "
+        "in a file; of one given twice the last counts.",
+        fromfile_prefix_chars="@",
     )
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
