@@ -23,6 +23,8 @@ class AutoPGD(Attack):
         eot: draws per gradient.
         loss: one of ``LOSSES``; unused with a target.
         restart: number of the restart: another random start, other draws.
+        returns: go back to the best point at a checkpoint, as the reference does. Where draws differ the best is the
+            luckiest, too: the loss there was a maximum over other draws each time.
         rank: of the class that is aimed at, by mean logits at x: 1 is the most likely but the label. The loss is then
             the targeted DLR; 0 aims at none.
 
@@ -31,8 +33,10 @@ class AutoPGD(Attack):
 
     RHO, MOMENTUM = 0.75, 0.75
 
-    def __init__(self, *, steps: int, eot: int, loss: str = "ce", restart: int = 0, rank: int = 0):
-        self.steps, self.eot, self.rank = steps, eot, rank
+    def __init__(
+        self, *, steps: int, eot: int, loss: str = "ce", restart: int = 0, rank: int = 0, returns: bool = True
+    ):
+        self.steps, self.eot, self.rank, self.returns = steps, eot, rank, returns
         self.loss = dlr_targeted if rank else LOSSES[loss]
         self.loss_name = "dlr-targeted" if rank else loss
         self.site = ("apgd", self.loss_name, *((rank,) if rank else ()), *(("restart", restart) if restart else ()))
@@ -102,7 +106,7 @@ class AutoPGD(Attack):
         return s if window is None else self._check(s, k, window)
 
     def finish(self, state: State) -> Tensor:
-        return state["x_out"][None]
+        return state["x_out" if self.returns else "x"][None]
 
     def lost(self, state: State) -> Tensor:
         return state["correct_out"][None] == 0
@@ -142,8 +146,9 @@ class AutoPGD(Attack):
         s["halved"] = oscillates | stands
         s["loss_best_at_check"] = s["loss_best"].clone()
         s["size"] = torch.where(s["halved"], s["size"] / 2, s["size"])
-        s["x"] = _where(s["halved"], s["x_best"], s["x"])
-        s["gradient"] = _where(s["halved"], s["gradient_best"], s["gradient"])
+        if self.returns:
+            s["x"] = _where(s["halved"], s["x_best"], s["x"])
+            s["gradient"] = _where(s["halved"], s["gradient_best"], s["gradient"])
         return s
 
 

@@ -57,6 +57,8 @@ class Attack(ABC):
     """Whether it only looks at outputs: no white-box attack may be weaker."""
     shown: ClassVar[tuple[str, ...]] = ("steps", "eot", "queries", "retire")
     """Options that ``display`` speaks of; a table adds the others that were given."""
+    later: ClassVar[tuple[str, ...]] = ()
+    """Options that came after the first records: at their defaults no identity names them, so that those go on."""
     restricted: ClassVar[bool] = False
     """Whether it searches only a part of the threat model, or for another goal than a wrong label."""
 

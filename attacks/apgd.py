@@ -18,6 +18,8 @@ class APGD(Ensemble):
         loss: "ce", "dlr", "margin" or "error"; with targets it is the targeted DLR.
         restarts: runs from other starts.
         targets: how many classes are aimed at, the likeliest by mean logits at x; 0 for none.
+        returns: go back to the best point at a checkpoint, as the reference does, and end there; "no" finds more where
+            draws differ, for the best of many looks is the luckiest.
         retire: leave an image whose candidate is wrong in all draws, and in so many new ones; 0 leaves none.
 
     Raises:
@@ -26,7 +28,8 @@ class APGD(Ensemble):
     Reference: Croce and Hein 2020 (arXiv 2003.01690).
     """
 
-    shown = ("steps", "eot", "loss", "restarts", "targets", "retire")
+    shown = ("steps", "eot", "loss", "restarts", "targets", "retire", "returns")
+    later = ("returns",)
 
     def __init__(
         self,
@@ -37,6 +40,7 @@ class APGD(Ensemble):
         restarts: int = 1,
         targets: int = 0,
         retire: int = 0,
+        returns: bool = True,
     ):
         if min(steps, eot, restarts) < 1 or min(targets, retire) < 0:
             raise ValueError(
@@ -46,11 +50,11 @@ class APGD(Ensemble):
         if loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
         self.steps, self.eot, self.loss, self.restarts, self.targets = steps, eot, loss, restarts, targets
-        self.retire = retire
+        self.retire, self.returns = retire, returns
 
     def members(self, stochastic: bool) -> list[AutoPGD]:
         return [
-            AutoPGD(steps=self.steps, eot=self.eot, loss=self.loss, restart=r, rank=rank)
+            AutoPGD(steps=self.steps, eot=self.eot, loss=self.loss, restart=r, rank=rank, returns=self.returns)
             for rank in (range(1, self.targets + 1) if self.targets else (0,))
             for r in range(self.restarts)
         ]
@@ -58,6 +62,7 @@ class APGD(Ensemble):
     def display(self, stochastic: bool) -> str:
         draws = f", EOT {self.eot}" if stochastic else ""
         aims = f", {self.targets} targets" if self.targets else ""
+        aims += "" if self.returns else ", no return"
         aims += f", retire {self.retire}" if self.retire else ""
         restarts = f" × {self.restarts}" if self.restarts > 1 else ""
         loss = "T" if self.targets else self.loss.upper()

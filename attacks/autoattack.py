@@ -15,6 +15,9 @@ from attacks._package import Model, contained, seed_of
 from attacks._threat import ThreatModel
 from attacks.square import Square
 
+SCHEDULE = {"n_iter": 1, "n_iter_orig": 1, "n_iter_2": 0.22, "n_iter_min": 0.06, "size_decr": 0.03}
+"""What the package's APGD derives from its length when it is made: checkpoints that another length has to move, too."""
+
 
 class AutoAttack(Ensemble):
     """The ensembles of Croce and Hein.
@@ -158,7 +161,9 @@ class AutoAttack(Ensemble):
                 model, norm=threat.norm, eps=threat.bound, seed=seed_of(victim), version=version, device=x.device
             )
             if version == "rand":
-                package.apgd.n_iter, package.apgd.eot_iter = self.steps, self.eot
+                package.apgd.eot_iter = self.eot
+                for name, share in SCHEDULE.items():
+                    setattr(package.apgd, name, max(int(share * self.steps), 1))
             # nine target classes, or all others where there are fewer
             classes = victim.defense(x[:1], victim.tape[:1], victim.view).shape[1]
             targets = min(self.TARGETS, classes - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 import time
 from contextlib import ExitStack
@@ -149,7 +150,7 @@ class Cell:
             | ({"attack.source": str(g.spec)} if g and named else {}),
             copies=defense.copies,
             combine=defense.combine,
-            attack=str(registry.Spec(spec.name, spec.argument, options)),
+            attack=str(registry.Spec(spec.name, spec.argument, _named(component, options))),
             norm=norm,
             eps=config.eps_text(eps),
             view=str(self.view),
@@ -367,6 +368,13 @@ class Cell:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.folder.halved(self.rows)
+
+
+def _named(component: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of an attack that its identity names."""
+    usual = inspect.signature(component).parameters
+    quiet = [name for name in getattr(component, "later", ()) if options[name] == usual[name].default]
+    return {name: value for name, value in options.items() if name not in quiet}
 
 
 LAID_OUT: WeakKeyDictionary[Defense, dict[tuple, tuple[str, Defense]]] = WeakKeyDictionary()

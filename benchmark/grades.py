@@ -55,7 +55,8 @@ def grades(rows: Sequence[evidence.Row], runs: Iterable[dict[str, Any]]) -> list
       warns. An attacker who knew the verdict's draws is no rival; what a worst
       case is made of is.
     - ``gradients``: a search of the whole ball by gradients of the defense itself is among them.
-    - ``headline``: PGD and AutoAttack are; of a deterministic defense AutoAttack.
+    - ``headline``: PGD and AutoAttack are, on losses and in the version that are for such a defense; of a
+      deterministic one AutoAttack.
     - ``looking``: a search that needs no gradient is; AutoAttack's standard version has one.
     - ``longer``: one of the row's attacks, or of the others, is of more than the quick budget, or takes ``EFFORT``
       times the steps times draws per gradient that the row's and a quick attack take.
@@ -97,7 +98,7 @@ def _grade(
     enough = min(len(ids), IMAGES)
     tried = [*members, *(one for one in rivals if len(ids & known[str(one["folder"])].keys()) >= enough)]
     searches = [one for one in tried if _searches(one)]
-    names = {_name(one) for one in searches}
+    names = {_name(one) for one in searches if _by_the_book(one)}
     wanted = evidence.HEADLINE if run["stochastic"] else ("autoattack",)
     missing = [name for name in wanted if name not in names]
     looks = [one for one in tried if _looks(one)]
@@ -218,10 +219,17 @@ def _searches(run: dict[str, Any]) -> bool:
     """Whether the attack searched the whole ball by gradients of the defense itself, for as long as counts."""
     attack = evidence.attack_class(run)
     blind = getattr(attack, "black_box", False) or getattr(attack, "restricted", False)
-    steps, step_size = _option(run, "steps"), _option(run, "step_size")
+    steps, step_size = _option(run, "steps"), _option(run, "step_size") or _option(run, "alpha")
     far = step_size * steps >= float(Fraction(run["identity"]["eps"])) if step_size else _option(run, "step", 1) >= 1
     walks = steps >= STEPS and far  # as far as the radius, at least
     return _own(run) and not blind and (evidence.led(run) or 0) >= LED and (walks or _standard(run))
+
+
+def _by_the_book(run: dict[str, Any]) -> bool:
+    """Whether a search is one that its name promises: PGD on a loss that leads, AutoAttack for such a defense."""
+    if _name(run) == "autoattack" and run["stochastic"]:
+        return _standard(run) or "pyautoattack" not in run["names"]["display"]
+    return _name(run) != "pgd" or _options(run).get("loss", "ce") in ("ce", "margin")
 
 
 def _looks(run: dict[str, Any]) -> bool:
@@ -248,8 +256,12 @@ def _name(run: dict[str, Any]) -> str:
 
 def _option(run: dict[str, Any], name: str, default: float = 0) -> float:
     """A number in an attack's spec."""
-    value = registry.parse(registry.completed("attacks", run["identity"]["attack"])).options.get(name, default)
+    value = _options(run).get(name, default)
     return float(value) if isinstance(value, int | float) else default
+
+
+def _options(run: dict[str, Any]) -> dict[str, Any]:
+    return registry.parse(registry.completed("attacks", run["identity"]["attack"])).options
 
 
 def _moves_nothing(run: dict[str, Any]) -> bool:

@@ -13,16 +13,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from attacks import NORMS, VIEWS, Attack, AttackError, Calls, NotApplicable, Victim
+from attacks._gradient import margin
 from attacks._package import Model
 from attacks._views import Exact
 from benchmark import registry
-from purifiers import Defense, Tape
+from purifiers import Defense, Purifier, Tape
 from tests.conftest import SHAPE, Linear, classifier, images, undefended
 
 EPS = {"Linf": Fraction(16, 255), "L2": Fraction(3, 5), "StAdv": Fraction(1, 5)}
 SMALL = {"steps": 10, "eot": 2, "queries": 12, "samples": 3}
 VARIANTS = [
     "pgd:iterate=best,restarts=2", "pgd:sign=true,step_size=0.01", "apgd:targets=2", "apgd:loss=dlr,restarts=2",
+    "pgd:momentum=0.75,restarts=2", "apgd:returns=false",
     "autoattack:version=rand,backend=pyautoattack",
     "torchattacks:PGD", "torchattacks:PGDL2",
 ]  # fmt: skip
@@ -394,3 +396,77 @@ def test_more_restarts_are_more_candidates_and_start_apart():
     assert len(several) == 3 and len(several.flatten(1).unique(dim=0)) == 3
     one = small("pgd", steps=1, step=0.01).perturb(x, y, victim_of(undefended(linear()), y), threat).candidates
     assert torch.equal(one[0], several[0])
+
+
+def weighted() -> Linear:
+    """Two classes of opposite weights."""
+    w = Tape(5, "images", torch.arange(1)).normal("w", like=torch.empty(1, images(1).numel()))
+    return Linear(torch.cat([w, -w]), torch.zeros(2))
+
+
+class Jitters(Purifier):
+    """g(x) = x (1 + 4 n), n normal: of a linear loss the mean gradient is the weight, a draw's sign nearly noise."""
+
+    def start(self, x, noise):
+        return x * (1 + 4 * noise.normal("jitter", like=x)), None
+
+    def finish(self, state, context):
+        return state
+
+
+def test_momentum_averages_over_iterations_what_draws_add_to_the_gradient():
+    """At equal cost more of the optimum of a linear model, eps ‖w‖₁, is reached."""
+    model, eps = weighted(), Fraction(1, 255)
+    x = 0.5 + 0 * images(N)
+    y = model(x).argmax(1)
+    threat = NORMS["Linf"](eps)
+
+    def gained(momentum: float) -> float:
+        attack = component_of("pgd")(steps=40, eot=1, momentum=momentum, step=2.5, loss="margin")
+        victim = Victim(
+            Defense(Jitters(), model), Exact(), Tape(0, "attack", torch.arange(N)), Calls(N), stochastic=True
+        )
+        x_adv = attack.perturb(x, y, victim, threat).candidates[0]
+        return float((margin(model(x_adv), y) - margin(model(x), y)).mean())
+
+    plain, heavy = gained(0.0), gained(0.9)
+    assert heavy > 1.5 * plain > 0
+    assert "momentum 0.9" in component_of("pgd")(momentum=0.9).display(True)
+
+
+def test_without_returns_a_search_ends_where_it_stands():
+    """And names itself otherwise; on a deterministic defense the two go apart at the first checkpoint that halves."""
+    whole, plain = component_of("apgd")(steps=10, eot=1), component_of("apgd")(steps=10, eot=1, returns=False)
+    assert plain.display(True) == whole.display(True).replace(")", ", no return)")
+    (member,) = plain.members(True)
+    x, y = images(N), torch.zeros(N, dtype=torch.long)
+    victim = Victim(
+        Defense(Jitters(), weighted()), Exact(), Tape(0, "attack", torch.arange(N)), Calls(N), stochastic=True
+    )
+    state = member.start(x, y, victim, NORMS["Linf"](EPS["Linf"]))
+    for k in range(10):
+        before = state["x"]
+        state = member.step(k, state, x, y, victim, NORMS["Linf"](EPS["Linf"]))
+        assert torch.equal(state["x_old"], before), "it goes on from where it was"
+    assert (state["size"] < 2 * float(EPS["Linf"])).any(), "the step is halved as before"
+    assert torch.equal(member.finish(state)[0], state["x"])
+
+
+def test_the_packages_checkpoints_follow_another_length(make, monkeypatch):
+    import pyautoattack
+    from pyautoattack.autopgd_base import APGDAttack
+
+    seen = []
+    monkeypatch.setattr(
+        pyautoattack.AutoAttack, "run_standard_evaluation",
+        lambda self, x, y, **_: (seen.append(vars(self.apgd)), (x, y))[1],
+    )  # fmt: skip
+    attack = component_of("autoattack")(steps=20, eot=2, version="rand", backend="pyautoattack")
+    x, y = images(4), torch.arange(4) % 3
+    defense = Defense(make(("diffpure", {})), classifier())
+    victim = Victim(defense, Exact(), Tape(0, "attack", torch.arange(4)), Calls(4), stochastic=True)
+    attack.perturb(x, y, victim, NORMS["Linf"](EPS["Linf"]))
+    fresh = vars(APGDAttack(classifier(), n_iter=20, norm="Linf", eps=0.1))
+    for name in fresh:
+        if "n_iter" in name or name == "size_decr":
+            assert seen[0][name] == fresh[name], name

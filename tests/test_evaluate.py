@@ -657,6 +657,16 @@ class Counts(Linear):
         return super().clean(x, noise)
 
 
+def test_an_option_that_came_later_leaves_the_identity_of_older_runs_alone(tmp_path):
+    settings = {"eps": "1/64", "n": 4, "out": tmp_path, "quiet": True}
+    plain = evaluate(Defense(Identity(), TwoLogits()), gaussian(4), "pgd:steps=1", **settings)
+    zero = evaluate(Defense(Identity(), TwoLogits()), gaussian(4), "pgd:steps=1,momentum=0.0", **settings)
+    other = evaluate(Defense(Identity(), TwoLogits()), gaussian(4), "pgd:steps=1,momentum=0.5", **settings)
+    told = [json.loads((r.folder / "run.json").read_text())["identity"]["attack"] for r in (plain, other)]
+    assert "momentum" not in told[0] and "momentum=0.5" in told[1]
+    assert plain.folder == zero.folder != other.folder
+
+
 def test_a_defense_that_counts_its_calls_is_the_same_at_the_next_evaluation(tmp_path, capsys):
     defense = Defense(Counts(), TwoLogits())
     settings = {"attack": "pgd:steps=1", "eps": "1/64", "out": tmp_path}

@@ -62,6 +62,22 @@ def test_what_hardly_tried_confirms_nothing():
         grade = graded(run, *(one for j, one in enumerate(ALL) if j != k), weak)
         assert grade.letter == "C" and status(grade, name) == "not run", weak["identity"]["attack"]
     assert status(graded(made(0.5, attack="transfer", gradients=80.0)), "gradients") == "not run"
+    crawls = made(0.5, attack="uniform", spec="torchattacks:BIM,alpha=1e-09,steps=20", gradients=20.0)
+    assert status(graded(crawls), "gradients") == "not run", "20 steps that reach nothing"
+    for name, spec, display in (
+        (
+            "autoattack",
+            "autoattack:version=rand,backend=pyautoattack,steps=20",
+            "APGD-CE+DLR (20 it, pyautoattack)",
+        ),
+        ("autoattack", "autoattack:version=standard", "AutoAttack (standard, pyautoattack 0.2.0)"),
+        ("pgd", "pgd:loss=dlr,steps=20,eot=4", "PGD-DLR (20 it, EOT 4)"),
+    ):
+        other = made(0.5, attack="pgd" if name == "autoattack" else "autoattack")
+        stand_in = made(0.5, attack=name, spec=spec)
+        stand_in["names"]["display"] = display
+        check = next(c for c in graded(other, stand_in).checks if c.id == "headline")
+        assert check.status == "not run" and name in check.value, spec
     short = graded(made(0.5, spec="pgd:eot=1,steps=1"))
     assert status(short, "gradients") == "not run"
     assert next(c.value for c in short.checks if c.id == "gradients").startswith(

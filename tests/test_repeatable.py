@@ -22,11 +22,11 @@ from tests.conftest import SHAPE, classifier
 
 
 class Looking(torch.nn.Module):
-    """A classifier that notes how torch is set whenever gradients are taken."""
+    """A classifier that notes how torch is set whenever gradients are taken; on its class, for it is given back."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.net, self.seen = classifier().float(), []
+        self.net, Looking.seen = classifier().float(), []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.seen.append(settings_of_torch())
