@@ -33,6 +33,8 @@ class PGD(Attack):
         retire: leave an image whose best iterate is wrong in all draws, and in so many new ones; 0 leaves none.
         sign: step along the gradient's sign whatever the norm: Lee and Kim's "L2" attack, marked so in tables.
         momentum: mu, in [0, 1]; 0 is plain PGD.
+        halving: begin with steps of eps, or of ``step_size``, and halve them after 25, 45, 65 and 80 % of the
+            iterations; a constant size is too small to begin with and too large to end with.
 
     Raises:
         ValueError: if a count is below 1, a step isn't positive, the momentum outside [0, 1], or the loss or the
@@ -43,8 +45,19 @@ class PGD(Attack):
     """
 
     title: ClassVar[str] = "PGD"
-    shown: ClassVar[tuple[str, ...]] = ("steps", "eot", "loss", "restarts", "iterate", "sign", "retire", "momentum")
-    later: ClassVar[tuple[str, ...]] = ("momentum",)
+    shown: ClassVar[tuple[str, ...]] = (
+        "steps",
+        "eot",
+        "loss",
+        "restarts",
+        "iterate",
+        "sign",
+        "retire",
+        "momentum",
+        "halving",
+    )
+    later: ClassVar[tuple[str, ...]] = ("momentum", "halving")
+    HALVED: ClassVar[tuple[float, ...]] = (0.25, 0.45, 0.65, 0.8)
 
     def __init__(
         self,
@@ -60,6 +73,7 @@ class PGD(Attack):
         sign: bool = False,
         retire: int = 0,
         momentum: float = 0.0,
+        halving: bool = False,
     ):
         if min(steps, eot, restarts) < 1 or step <= 0 or min(step_size, retire) < 0:
             raise ValueError(
@@ -75,15 +89,16 @@ class PGD(Attack):
         self.steps, self.eot, self.step_factor, self.step_size, self.restarts = steps, eot, step, step_size, restarts
         self.loss, self.random_start, self.iterate, self.sign = LOSSES[loss], random_start, iterate, sign
         self.loss_name, self.retire, self.momentum = loss, retire, momentum
+        self.halving = halving
         self.best = iterate == "best" or retire > 0  # who retires was seen; the last iterate was not
 
     def display(self, stochastic: bool) -> str:
-        draws = f", EOT {self.eot}" if stochastic else ""
-        best = (f", momentum {self.momentum:g}" if self.momentum else "") + (", best iterate" if self.best else "")
-        best += f", retire {self.retire}" if self.retire else ""
+        done = [f"{self.steps} it"] + [f"EOT {self.eot}"] * stochastic
+        done += [f"momentum {self.momentum:g}"] * bool(self.momentum) + ["halving"] * self.halving
+        done += ["best iterate"] * self.best + [f"retire {self.retire}"] * bool(self.retire)
         restarts = f" × {self.restarts}" if self.restarts > 1 else ""
         sign = "sign-step " if self.sign else ""
-        return f"{sign}{self.title}-{self.loss_name.upper()} ({self.steps} it{draws}{best}){restarts}"
+        return f"{sign}{self.title}-{self.loss_name.upper()} ({', '.join(done)}){restarts}"
 
     def versions(self, stochastic: bool) -> int:
         return self.restarts
@@ -119,7 +134,7 @@ class PGD(Attack):
             unit = gradient / gradient.abs().flatten(1).mean(1).clamp_min(1e-30).view(-1, 1, 1, 1)
             gradient = state["momentum"][restart] = self.momentum * state["momentum"][restart] + unit
         gradient = self.shaped(gradient)
-        size = self.step_size or self.step_factor * threat.bound / self.steps
+        size = self.size(k % self.steps, threat)
         direction = size * gradient.sign() if self.sign else threat.step(gradient, size)
         state["x_adv"][restart] = threat.project(code + direction, x)
         state["broken_at"] = first_broken(state["broken_at"], evaluation, k)
@@ -130,6 +145,15 @@ class PGD(Attack):
 
     def lost(self, state: State) -> Tensor:
         return state["best_correct"] == 0
+
+    def size(self, k: int, threat: ThreatModel) -> float:
+        """The length of the step that iteration k of a restart takes."""
+        if self.halving:
+            return (self.step_size or threat.bound) / 2 ** sum(k >= share * self.steps for share in self.HALVED)
+        return self.step_size or self.step_factor * threat.bound / self.steps
+
+    def ignored(self, stochastic: bool) -> tuple[str, ...]:
+        return ("step",) if self.halving or self.step_size else ()
 
     def look(self, k: int, x_adv: Tensor, x: Tensor, y: Tensor, victim: Victim) -> Evaluation:
         """What iteration k learns at x_adv, and climbs."""

@@ -24,7 +24,7 @@ EPS = {"Linf": Fraction(16, 255), "L2": Fraction(3, 5), "StAdv": Fraction(1, 5)}
 SMALL = {"steps": 10, "eot": 2, "queries": 12, "samples": 3}
 VARIANTS = [
     "pgd:iterate=best,restarts=2", "pgd:sign=true,step_size=0.01", "apgd:targets=2", "apgd:loss=dlr,restarts=2",
-    "pgd:momentum=0.75,restarts=2", "apgd:returns=false",
+    "pgd:momentum=0.75,halving=true,restarts=2", "apgd:returns=false",
     "autoattack:version=rand,backend=pyautoattack",
     "torchattacks:PGD", "torchattacks:PGDL2",
 ]  # fmt: skip
@@ -432,6 +432,16 @@ def test_momentum_averages_over_iterations_what_draws_add_to_the_gradient():
     plain, heavy = gained(0.0), gained(0.9)
     assert heavy > 1.5 * plain > 0
     assert "momentum 0.9" in component_of("pgd")(momentum=0.9).display(True)
+
+
+def test_halving_begins_with_the_radius_and_ends_with_a_sixteenth():
+    threat = NORMS["Linf"](EPS["Linf"])
+    attack = component_of("pgd")(steps=20, eot=1, halving=True)
+    sizes = [attack.size(k, threat) / threat.bound for k in range(20)]
+    assert sizes == [1] * 5 + [1 / 2] * 4 + [1 / 4] * 4 + [1 / 8] * 3 + [1 / 16] * 4
+    assert attack.ignored(True) == ("step",) and "halving" in attack.display(False)
+    assert component_of("pgd")(steps=20, step_size=0.25, halving=True).size(19, threat) == 0.25 / 16
+    assert {component_of("pgd")(steps=20).size(k, threat) for k in range(20)} == {2.5 * threat.bound / 20}
 
 
 def test_without_returns_a_search_ends_where_it_stands():
