@@ -17,7 +17,7 @@ SPLITS = ("validation", "test")
 MOST = 10_000
 """Images that are measured on, if there are as many, and network evaluations that go into them."""
 FEW = 800
-"""Images that a purifier of many steps is measured on, and that the Fréchet distance is taken of, on every card."""
+"""Images that a purifier of many steps is measured on, and that a Fréchet distance is of, if it has fewer features."""
 VICTIMS = ("resnet", "resnet18")
 """Classifiers of our own, one of them for each data set; the first that has weights looks at purified images."""
 
@@ -46,6 +46,8 @@ def measure(
     victim = None
     if recipe.kind == "purifiers" and name:
         victim = checkpoints.build("classifiers", name, checkpoints.Need(form, roots=roots)).module.to(device)
+    # a cut is drawn for a whole batch: the value of few batches would be of few cuts, so that none is made
+    asked = recipe.objective | ({"nested": False} if "nested" in recipe.objective else {})
     measured: dict[str, dict[str, float | None]] = {}
     for split, images in held_out.items():
         most = min(len(images), MOST, max(MOST // getattr(module, "nfe", 1), FEW))
@@ -57,7 +59,7 @@ def measure(
             batch = Batch(images.images(rows).to(device), images.labels[rows].to(device))
             tape = Tape(recipe.seed, "measure", images.ids[rows]).to(device)
             with torch.no_grad():
-                losses = module.objectives(batch, tape, **recipe.objective, **aside or {})  # type: ignore[operator]
+                losses = module.objectives(batch, tape, **asked, **aside or {})  # type: ignore[operator]
                 values = {f"objective of {k}": float(v) for k, v in losses.items()}
                 if recipe.kind == "classifiers":
                     values["accuracy"] = float((module(batch.x).argmax(1) == batch.y).float().mean())

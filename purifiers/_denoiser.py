@@ -48,6 +48,8 @@ def unet(shape: tuple[int, int, int], form: str, *, images: int = 1, embeds: boo
     from diffusers import UNet2DModel  # heavy: only where networks are built
 
     widths, patch, layers = FORMS[form]
+    if shape[1] != shape[2]:
+        raise ValueError(f"these networks are of square images, got {shape}")
     channels = patch * patch * shape[0]
     return UNet2DModel(
         sample_size=shape[1] // patch,

@@ -48,7 +48,8 @@ def low_passed(reference: Tensor, *, weight: float, factor: int) -> Edit:
     """z_0' = z_0 + weight L(r - z_0): coarse structure from the reference r, the rest from the prediction.
 
     L takes means over cells, about ``factor`` pixels wide, and interpolates them bilinearly back. It is no projection:
-    of a difference between the means of neighbouring cells some 40 % (rms) stays at weight 1.
+    of a difference between the means of neighbouring cells about half (rms) stays at weight 1, of the means themselves
+    some 40 %.
 
     Reference: Choi et al. 2021 (arXiv 2108.02938), eq. 8, here on the predicted z_0.
     """

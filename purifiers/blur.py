@@ -19,7 +19,7 @@ class Blur(Purifier):
         rounds: repetitions of the whole.
 
     Raises:
-        ValueError: if ``sigma`` isn't positive.
+        ValueError: if ``sigma`` isn't positive, or 3 sigma reach across an image.
     """
 
     dial = "sigma"
@@ -32,6 +32,8 @@ class Blur(Purifier):
         self.sigma = sigma
 
     def start(self, x: Images, noise: Noise) -> tuple[Tensor, None]:
+        if math.ceil(3 * self.sigma) >= min(x.shape[-2:]):
+            raise ValueError(f"3 sigma reach across images of {tuple(x.shape[-2:])}, got sigma={self.sigma}")
         return x, None
 
     def finish(self, state: Tensor, context: None) -> Images:

@@ -28,8 +28,8 @@ class JPEG(Purifier):
     """g(x): compress and decompress: T⁻¹(q · round(T(255 x - 128) / q)), T the cosine transform of 8×8 blocks.
 
     Colours are coded as Y, Cb, Cr, all at full resolution (4:4:4); one channel as luminance. Entropy coding, which
-    loses nothing, is left out. Rounding has no gradient; ``surrogates``: "ste" takes it for the identity, "soft" for
-    v - 0.9 sin(2πv) / 2π.
+    loses nothing, is left out, and so is the rounding of colours and pixels to 8 bits, half a level of 255. Rounding
+    has no gradient; ``surrogates``: "ste" takes it for the identity, "soft" for v - 0.9 sin(2πv) / 2π.
 
     Args:
         quality: 1 to 100, on the scale of libjpeg.

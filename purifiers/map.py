@@ -23,7 +23,8 @@ SIZES = {"tiny": ("tiny", 2), "small": ("small", 1), "mixture": ("small", 16), "
 class MAP(Ascent):
     """g(x) = D(z*), z* = argmin_z ‖x - D(z)‖² / (2 sigma_x²) - weight log p(z), by ``steps`` of descent.
 
-    With ``begin=prior`` the search starts from a draw of p(z): Defense-GAN's search, for a VAE.
+    With ``begin=prior`` the search starts from a draw of p(z). Defense-GAN's objective is that with ``weight=0``, for a
+    VAE; its random restarts, of which the best is kept, are not made.
 
     Args:
         autoencoder: diffusers' AutoencoderKL.

@@ -137,7 +137,7 @@ class VQVAE(Purifier):
         Args:
             commitment: weight of ‖z - sg(e)‖².
             revive: weight of drawing unused codes to latents.
-            nested: half of the batches use the first K / 2^j codes, j uniform in 1 ... 4.
+            nested: half of the batches use the first K / 2^j codes, j uniform in 1 ... 4; the prior is of all codes.
         """
         codec = self.codec
         if nested:
@@ -146,18 +146,21 @@ class VQVAE(Purifier):
             codec = VQ(self.autoencoder, size if u < 0.5 else size >> (1 + int(8 * (u - 0.5))))
         z = codec.encode(batch.x)
         codes = codec.nearest(z)
+        whole = self.codec.nearest(z) if nested else codes  # the prior isn't told of a cut, and would learn the mixture
         vectors = codec.vectors(codes)
         x_hat = codec.decode(straight_through(vectors, z), batch.x.shape)
         return {
             "autoencoder": _objectives.gaussian(batch.x, x_hat) / batch.x[0].numel()
             + _objectives.codebook(z, codec.embedding, vectors, commitment=commitment, revive=revive),
-            "prior": nn.functional.cross_entropy(self.prior(codes).flatten(0, 2), codes.flatten()),
+            "prior": nn.functional.cross_entropy(self.prior(whole).flatten(0, 2), whole.flatten()),
         }
 
     @classmethod
     def parts(cls, shape: tuple[int, int, int], size: str = "tiny") -> dict[str, nn.Module]:
         from diffusers import VQModel  # heavy: only where networks are built
 
+        if shape[1] != shape[2]:
+            raise ValueError(f"the prior's sites are those of square images, got {shape}")
         channels, (widths, dimensions, codes) = 4 * shape[0], SIZES[size]  # on 2×2 patches
         autoencoder = VQModel(
             in_channels=channels,

@@ -667,3 +667,9 @@ def test_in_continuous_time_no_table_takes_part(rule):
     n = tape().normal("diffuse", like=images(B))
     assert close(state, math.sqrt(a) * (2 * images(B) - 1) + math.sqrt(1 - a) * n)
     assert close(purifier.diffused(0, images(B), tape()), state)
+
+
+@pytest.mark.parametrize("rule", ["sde", "ode"])
+def test_an_eta_that_no_step_asks_for_is_refused(rule):
+    with pytest.raises(ValueError, match=f"eta=0.5 has no effect with rule={rule}"):
+        DiffPure(*DiffPure.parts((1, 8, 8)).values(), t_star=0.3, steps=2, rule=rule, eta=0.5)

@@ -17,7 +17,7 @@ from scipy.stats import chi2
 from torch import distributions as D
 
 from attacks._views import Exact, Surrogate
-from purifiers import Tape, _objectives
+from purifiers import Batch, Tape, _objectives
 from purifiers._codec import VQ, Posterior
 from purifiers._priors import Mixture, PixelCNN
 from purifiers._rounding import soft, ste
@@ -763,3 +763,15 @@ def test_a_jpeg_has_one_channel_or_three(make):
 def test_a_surrogate_that_is_not_offered_is_named_with_those_that_are(name, make):
     with pytest.raises(ValueError, match=r"no surrogate 'adjoint'; it offers \('"):
         make((name, {})).surrogate("adjoint")
+
+
+def test_the_prior_of_codes_learns_from_the_whole_codebook(make):
+    """Cut codebooks train the autoencoder; a prior that isn't told of the cut would learn a mixture of both."""
+    purifier = make(("vqvae", {}))
+    batch, cut = Batch(images(B), torch.zeros(B, dtype=torch.long)), 0
+    for k in range(8):
+        noise = Tape(k, "train", torch.arange(B))
+        whole, nested = (purifier.objectives(batch, noise, nested=nested) for nested in (False, True))
+        assert torch.equal(whole["prior"], nested["prior"])
+        cut += not torch.equal(whole["autoencoder"], nested["autoencoder"])
+    assert 0 < cut < 8

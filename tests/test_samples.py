@@ -152,7 +152,7 @@ class Optimal(torch.nn.Module):
 def test_the_chain_from_noise_draws_the_distribution_that_was_learned(deviation):
     found = drawn(DiffPure(Optimal(0.0, deviation)), torch.zeros(400, *SHAPE, dtype=torch.float64))
     assert found.mean().item() == pytest.approx(0.5, abs=0.003)
-    assert found.std().item() == pytest.approx(deviation / 2, rel=0.05), "DDIM of these steps loses 2 to 4 %"
+    assert found.std().item() == pytest.approx(deviation / 2, rel=0.05), "DDIM of so few steps loses a few percent"
 
 
 def test_latents_are_drawn_at_their_own_scale(make, monkeypatch):
