@@ -18,8 +18,8 @@ class APGD(Ensemble):
         loss: "ce", "dlr", "margin" or "error"; with targets it is the targeted DLR.
         restarts: runs from other starts.
         targets: how many classes are aimed at, the likeliest by mean logits at x; 0 for none.
-        returns: go back to the best point at a checkpoint, as the reference does, and end there; "no" finds more where
-            draws differ, for the best of many looks is the luckiest.
+        returns: go back to the best point at a checkpoint, and end in the best, as the reference does. Where draws
+            differ the best of many looks is the luckiest, too; without returns a search goes on from where it is.
         retire: leave an image whose candidate is wrong in all draws, and in so many new ones; 0 leaves none.
 
     Raises:
