@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import sys
 import time
 from contextlib import ExitStack
@@ -372,8 +371,8 @@ class Cell:
 
 def _named(component: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The options of an attack that its identity names."""
-    usual = inspect.signature(component).parameters
-    quiet = [name for name in getattr(component, "later", ()) if options[name] == usual[name].default]
+    usual, later = registry.options(component), getattr(component, "later", ())
+    quiet = [name for name in later if name in options and options[name] == usual[name].default]
     return {name: value for name, value in options.items() if name not in quiet}
 
 

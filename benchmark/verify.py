@@ -144,8 +144,9 @@ def _adversarial(run: dict[str, Any], cell: Cell | None) -> Check:
 def _differing(run: dict[str, Any], cell: Cell) -> list[str]:
     """The fields of the identity that differ from the cell's; options that a component gained since are none."""
     recorded, here = dict(run["identity"]), dataclasses.asdict(cell.identity)
-    recorded["purifier"] = registry.completed("purifiers", recorded["purifier"])
-    recorded["attack"] = registry.completed("attacks", recorded["attack"])
+    for identity in (recorded, here):
+        identity["purifier"] = registry.completed("purifiers", identity["purifier"])
+        identity["attack"] = registry.completed("attacks", identity["attack"])
     return [key for key in here if key not in ("budget", "dataset") and recorded.get(key) != here[key]]
 
 

@@ -98,7 +98,7 @@ class Diffusion(Purifier):
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], got {eta}")
         usual = inspect.signature(type(self)).parameters.get("eta")
-        if rule != "eta" and eta != (1.0 if usual is None else usual.default):
+        if rule != "eta" and eta not in (1.0, usual.default if usual else 1.0):
             raise ValueError(f"eta={eta} has no effect with rule={rule}: rule=eta goes by it")
         self.unet, self.schedule = unet, VP()
         self.denoiser = Denoiser(unet, self.schedule, labels, images)

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from benchmark import cli, evidence, registry, report
+from benchmark.config import slug
 from benchmark.errors import UsageError
 from benchmark.grids import UNSHARED, lines
 from benchmark.plots import _over, _plane, figures
@@ -53,10 +54,10 @@ def test_every_figure_is_pdf_png_and_its_data(tmp_path):
 
 def test_a_line_over_the_radius_where_there_are_several(tmp_path):
     written = figures(find_runs([ROOT / "results" / "headline"]), tmp_path, ["eps"])
-    attacks = ("pgd", "autoattack", evidence.WORST)
-    assert names(written) == {f"eps-fashion-mnist-linf-{attack}-n256" for attack in attacks}
+    attacks = ("pgd", "pgd:momentum=0.75,halving=true", "autoattack", evidence.WORST)
+    assert names(written) == {f"eps-fashion-mnist-linf-{slug(attack)}-n256" for attack in attacks}
     for attack in attacks:
-        radius = pd.read_csv(tmp_path / f"eps-fashion-mnist-linf-{attack}-n256.csv")
+        radius = pd.read_csv(tmp_path / f"eps-fashion-mnist-linf-{slug(attack)}-n256.csv")
         assert set(radius["eps"]) == {"16/255", "0.1"} and len(radius) == 12 and set(radius["attack"]) == {attack}
 
 
