@@ -21,7 +21,7 @@ class Square(RandomSearch):
 
     Args:
         share: the first square's share of the image's pixels.
-        queries, eot, refresh: as for every random search.
+        queries, eot, refresh: as ``RandomSearch``.
 
     Raises:
         ValueError: as every random search, and if the share isn't in (0, 1].

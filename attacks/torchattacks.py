@@ -92,7 +92,8 @@ class TorchAttacks(Attack):
             [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *options]
         )
         members = {
-            "__init__": __init__, "name": name, "norms": norms, "taken": taken, "__doc__": attack.__doc__,
+            "__init__": __init__, "name": name, "norms": norms, "taken": taken,
+            "__doc__": inspect.cleandoc(attack.__doc__ or "").partition("\n\n")[0],
             "black_box": name in cls.BLACK_BOX, "restricted": name in cls.MINIMAL,
         }  # fmt: skip
         return type(f"TorchAttacks{name}", (cls,), members)

@@ -16,7 +16,7 @@ class Uniform(RandomSearch):
     must beat, what noise alone does to a defense.
 
     Args:
-        queries, eot, refresh: as for every random search.
+        queries, eot, refresh: as ``RandomSearch``.
     """
 
     def propose(self, k: int, x_adv: Tensor, x: Tensor, victim: Victim, threat: ThreatModel) -> Tensor:

@@ -131,7 +131,7 @@ def build(kind: str, text: str | Spec, need: Need) -> Component:
     spec = registry.parse(text) if isinstance(text, str) else text
     if kind == "classifiers" and spec.name in zoo.ZOOS:
         return _from_zoo(spec, need)
-    spec = _named(spec)
+    spec = named(spec)
     family, shape, classes = need.form
     path = cards(family, need.roots).get(spec.name)
     card = read_card(path) if path else {}
@@ -174,7 +174,7 @@ def build(kind: str, text: str | Spec, need: Need) -> Component:
     )  # fmt: skip
 
 
-def _named(spec: Spec) -> Spec:
+def named(spec: Spec) -> Spec:
     """A spec by the name of its card: "vae:weights=beta4" is the card vae-beta4."""
     if "weights" not in spec.options or spec.name == "file":
         return spec

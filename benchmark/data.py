@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,11 +122,11 @@ def names() -> list[str]:
     return sorted(LOADERS)
 
 
-def about(name: str) -> str:
-    """A line about a data set."""
+def reader(name: str) -> Callable[..., Dataset]:
+    """What loads a data set, and documents it."""
     from benchmark.loaders import LOADERS
 
-    return (LOADERS[name].__doc__ or "").strip().split("\n")[0]
+    return LOADERS[name]
 
 
 def load(text: str, at_least: int = 1, *, data_dir: str | None = None, offline: bool = False) -> Dataset:

@@ -123,6 +123,12 @@ def celeba(request: Request, *, split: str = "test", attribute: str = "Smiling",
     """CelebA (Liu et al. 2015, arXiv 1411.7766): aligned faces, labelled by whether they have an attribute.
 
     The central 178×178 pixels, resized to ``size``.
+
+    Args:
+        request: how many, from where.
+        split: "test", "validation" or "train", as the data set has them.
+        attribute: one of CelebA's 40, which makes two classes.
+        size: height and width of the images.
     """
     source = _torchvision("CelebA", request, split={"validation": "valid"}.get(split, split))
     known = [name for name in source.attr_names if name]
@@ -140,6 +146,11 @@ def imagenet(request: Request, *, split: str = "test", size: int = 224) -> Datas
 
     ``DIR/val/nXXXXXXXX/*.JPEG``, as torchvision lays it out; resized to 8/7 size, the central ``size`` pixels. In the
     order of the sha256 of the file names: any first n are a fixed random sample of the classes.
+
+    Args:
+        request: how many, from where.
+        split: "test" (the validation images) or "train".
+        size: height and width of the images.
     """
     part = {"test": "val", "train": "train"}.get(split)
     if part is None:

@@ -13,7 +13,6 @@ import torch
 
 from benchmark import checkpoints, cli, data, loaders, registry, report
 from benchmark.cli import grammar
-from benchmark.config import BUDGETS
 from benchmark.report import COLUMNS
 from benchmark.results import find_runs
 
@@ -403,39 +402,6 @@ def test_what_cannot_be_written_is_an_error_without_a_traceback(recorded, tmp_pa
 
 
 # --- commands that read
-
-
-def test_lists(weights, capsys):
-    expected = {
-        "purifiers": {"identity", "vae", "diffpure"},
-        "classifiers": {"resnet"},
-        "attacks": {"pgd", "apgd", "autoattack"},
-        "datasets": {"fashion-mnist"},
-        "budgets": set(BUDGETS),
-    }
-    assert set(expected) == set(grammar.KINDS)
-    for kind, names in expected.items():
-        assert cli.main(["list", kind, "--weights", str(weights), "--json"]) == 0
-        entries = json.loads(capsys.readouterr().out)
-        assert names <= {entry["name"] for entry in entries}, kind
-        assert cli.main(["list", kind, "--weights", str(weights)]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert [line.split()[0] for line in lines] == [entry["name"] for entry in entries]
-
-
-def test_attacks_say_what_they_search_and_need(capsys):
-    assert cli.main(["list", "attacks", "--json"]) == 0
-    known = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
-    assert (known["square"]["norms"], known["square"]["black_box"]) == ("Linf, L2", True)
-    assert (known["stadv"]["norms"], known["stadv"]["black_box"]) == ("StAdv", False)
-    assert "norms" not in known["torchattacks:NAME"], "each has its own"
-
-
-def test_listed_options_are_those_of_the_card(weights, capsys):
-    assert cli.main(["list", "purifiers", "--weights", str(weights), "--json"]) == 0
-    (diffpure,) = [entry for entry in json.loads(capsys.readouterr().out) if entry["name"] == "diffpure"]
-    assert diffpure["weights"] and diffpure["about"]
-    assert (diffpure["options"]["t_star"], diffpure["options"]["steps"]) == ("0.15", "2")
 
 
 def test_plan_runs_nothing_and_counts_what_run_records(weights, recorded, tmp_path, capsys):

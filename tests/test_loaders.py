@@ -410,4 +410,4 @@ def test_without_imagenet_the_error_says_where_it_goes(tmp_path):
 def test_every_named_data_set_has_a_form_without_being_there():
     for name, form in data.FORMS.items():
         assert data.form(name, offline=True) == form and form.family == name
-        assert data.about(name)
+        assert data.reader(name).__doc__

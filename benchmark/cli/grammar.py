@@ -140,8 +140,9 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--data-dir", metavar="FOLDER", help="where data sets lie")
     doctor.add_argument("--json", action="store_true", help="one object")
 
-    names = _command(commands, "list", "what can be named")
-    names.add_argument("kind", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
+    names = _command(commands, "list", "what can be named, and what each option means")
+    names.add_argument("kind", nargs="?", choices=KINDS, metavar="KIND", help=", ".join(KINDS))
+    names.add_argument("name", nargs="?", metavar="NAME", help="one of them in full, e.g. list purifiers diffpure")
     names.add_argument("--dataset", default="fashion-mnist", help="whose weights (fashion-mnist)")
     names.add_argument("--weights", metavar="FOLDER", help="a folder with further cards")
     names.add_argument("--json", action="store_true")

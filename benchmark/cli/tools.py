@@ -6,9 +6,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from benchmark.cli.common import DONE, FAILED, INCOMPLETE, complain, needed, print_findings
+from benchmark.cli.grammar import KINDS
 from benchmark.errors import UsageError
 
 
@@ -58,75 +58,34 @@ def sample(arguments: argparse.Namespace) -> int:
 
 
 def listed(arguments: argparse.Namespace) -> int:
-    from benchmark import checkpoints, config, data, registry, zoo
+    import shutil
+    import textwrap
 
-    roots = [Path(arguments.weights)] if arguments.weights else []
-    if arguments.kind == "datasets":
-        entries: list[dict[str, Any]] = [
-            {"name": name, "about": data.about(name), "radii": config.RADII.get(name, {})} for name in data.names()
-        ]
-    elif arguments.kind == "budgets":
-        entries = [
-            {"name": b.name, "n": b.n, "select": b.select, "draws": b.draws, "attacks": b.attacks}
-            for b in config.BUDGETS.values()
-        ]
-    elif arguments.kind == "attacks":
-        entries = [_describe("attacks", name, {}) for name in registry.names("attacks")]
-    else:
-        family = data.form(arguments.dataset).family
-        cards = {name: checkpoints.read_card(path) for name, path in checkpoints.cards(family, roots).items()}
-        names = checkpoints.names(arguments.kind, family, roots)
-        entries = [_describe(arguments.kind, name, cards.get(name, {})) for name in names]
-        if arguments.kind == "purifiers":
-            need = checkpoints.Need(data.form(arguments.dataset), roots=tuple(roots))
-            entries = [entry | _abilities(checkpoints.build("purifiers", entry["name"], need)) for entry in entries]
-            for entry in entries:  # weights may have another dial than their component
-                entry["dial"] = cards.get(entry["name"], {}).get("recipe", {}).get("dial") or entry["dial"]
-    if arguments.kind == "classifiers":
-        entries += zoo.listing(family)
+    from benchmark import catalogue, data
+    from benchmark.checkpoints import Need
+
+    roots = (Path(arguments.weights),) if arguments.weights else ()
+    need = Need(data.form(arguments.dataset), roots=roots)
+    shown = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    if arguments.name:
+        found = catalogue.entry(arguments.kind, arguments.name, need)
+        print(json.dumps(found, indent=2) if arguments.json else "\n".join(catalogue.page(found, min(shown, 120))))
+        return DONE
+    kinds = {kind: catalogue.entries(kind, need) for kind in ([arguments.kind] if arguments.kind else KINDS)}
     if arguments.json:
-        print(json.dumps(entries, indent=2))
-    else:
-        width = max((len(entry["name"]) for entry in entries), default=0)
-        print("" if entries else f"no {arguments.kind} with weights for {arguments.dataset}", end="", file=sys.stderr)
-        for entry in entries:
-            rest = [f"{k}: {_in_words(v)}" for k, v in entry.items() if k != "name" and v not in (None, {}, "")]
-            print(f"{entry['name']:<{width}}  " + "; ".join(rest))
+        print(json.dumps(kinds if arguments.kind is None else kinds[arguments.kind], indent=2))
+        return DONE
+    for kind, entries in kinds.items():
+        if arguments.kind is None:
+            names = f"{kind}: {', '.join(entry['name'] for entry in entries)}"
+            print("\n".join(textwrap.wrap(names, min(shown, 120), subsequent_indent="  ", break_on_hyphens=False)))
+        elif not entries:
+            complain(f"no {kind} with weights for {arguments.dataset}", DONE)
+        else:
+            for line in catalogue.table(kind, entries):
+                print(line if len(line) <= shown else line[: shown - 1] + "…")
+    print(f"list {arguments.kind or 'KIND'} NAME says all about one", file=sys.stderr)
     return DONE
-
-
-def _in_words(value: Any) -> str:
-    """A value of ``list`` on the terminal."""
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {_in_words(v)}" for k, v in value.items())
-    return ("no", "yes")[value] if isinstance(value, bool) else str(value)
-
-
-def _describe(kind: str, name: str, card: dict[str, Any]) -> dict[str, Any]:
-    from benchmark import registry
-
-    component: Any = registry.load(kind, card.get("component", name))
-    options = registry.resolve(component, registry.Spec(name), card.get("options"))
-    about = (component.__doc__ or "").strip().split("\n")[0]
-    name += f":{component.argument}" if hasattr(component, "argument") else ""
-    entry: dict[str, Any] = {"name": name, "about": about}
-    if kind == "attacks" and not hasattr(component, "argument"):  # what is named by it has its own
-        entry |= {"norms": ", ".join(component.norms), "black_box": component.black_box}
-    entry |= {"options": {k: registry.show(v) for k, v in options.items()}}
-    return entry if kind == "attacks" else entry | {"weights": bool(card.get("files"))}
-
-
-def _abilities(built: Any) -> dict[str, Any]:
-    """What a purifier costs and how it is set and attacked."""
-    g = built.module
-    return {
-        "parameters": sum(p.numel() for p in g.parameters()),
-        "nfe": g.nfe,
-        "stochastic": g.stochastic,
-        "dial": g.dial,
-        "differentiable": g.differentiable,
-        "surrogates": ", ".join(g.surrogates),
-    }
 
 
 def check(arguments: argparse.Namespace) -> int:
