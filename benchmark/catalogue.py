@@ -6,7 +6,6 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 from benchmark import checkpoints, config, data, registry, zoo
@@ -74,7 +73,7 @@ def explained(component: Callable) -> dict[str, str]:
 def table(kind: str, found: list[dict[str, Any]]) -> Iterator[str]:
     """A heading, and a line for each entry."""
     columns = COLUMNS[kind]
-    rows = [[heading for heading, _ in columns], *([cell(e) for _, cell in columns] for e in found)]
+    rows = [list(columns), *([_cell(e, column) for column in columns.values()] for e in found)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns) - 1)]
     for row in rows:
         yield "  ".join([*(text.ljust(width) for text, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
@@ -205,59 +204,46 @@ def _in_words(value: Any) -> str:
 
 def _what(found: dict[str, Any]) -> str:
     """What a component computes; of a variant in what it differs."""
-    return f"{found['component']} with {_difference(found)}" if "differs" in found else found.get("about", "")
+    return f"{found['component']} with {_difference(found)}" if "differs" in found else found.get("about", "-")
 
 
 def _difference(found: dict[str, Any]) -> str:
     return ", ".join(f"{k}={v}" for k, v in found.get("differs", {}).items()) or "weights of its own"
 
 
-def _gradient(found: dict[str, Any]) -> str:
-    return "exact" if found["differentiable"] else found["surrogates"]
-
-
-def _figure(key: str, found: dict[str, Any]) -> str:
-    value = found.get(key)
+def _cell(found: dict[str, Any], column: str | Callable[[dict[str, Any]], str]) -> str:
+    if callable(column):
+        return column(found)
+    value = found.get(column)
     return "-" if value in (None, "", {}) else _in_words(value)
 
 
-COLUMNS: dict[str, list[tuple[str, Callable[[dict[str, Any]], str]]]] = {
-    "purifiers": [
-        ("purifier", partial(_figure, "name")),
-        ("NFE", partial(_figure, "nfe")),
-        ("parameters", lambda e: f"{e['parameters']:,}" if e["parameters"] else "-"),
-        ("random", partial(_figure, "stochastic")),
-        ("gradient", _gradient),
-        ("g(x)", _what),
-    ],
-    "attacks": [
-        ("attack", partial(_figure, "name")),
-        ("norms", partial(_figure, "norms")),
-        ("black box", partial(_figure, "black_box")),
-        ("search", partial(_figure, "about")),
-    ],
-    "classifiers": [
-        ("classifier", partial(_figure, "name")),
-        ("clean %", partial(_figure, "clean")),
-        ("robust %", partial(_figure, "robust")),
-        ("threat", lambda e: f"{e['threat']} {e['eps']}" if "threat" in e else "-"),
-        ("network", lambda e: _what(e) or "-"),
-    ],
-    "datasets": [
-        ("data set", partial(_figure, "name")),
-        ("shape", partial(_figure, "shape")),
-        ("classes", partial(_figure, "classes")),
-        ("radii", partial(_figure, "radii")),
-        ("images", partial(_figure, "about")),
-    ],
-    "budgets": [
-        ("budget", partial(_figure, "name")),
-        ("n", partial(_figure, "n")),
-        ("select", partial(_figure, "select")),
-        ("draws", partial(_figure, "draws")),
-        ("steps × draws of PGD", lambda e: "{steps} × {eot}".format(**e["attacks"]["pgd"])),
-        ("of APGD", lambda e: "{steps} × {eot}".format(**e["attacks"]["apgd"])),
-        ("Square", lambda e: "{queries} × {eot}".format(**e["attacks"]["square"])),
-    ],
+COLUMNS: dict[str, dict[str, str | Callable[[dict[str, Any]], str]]] = {
+    "purifiers": {
+        "purifier": "name",
+        "NFE": "nfe",
+        "parameters": lambda e: f"{e['parameters']:,}" if e["parameters"] else "-",
+        "random": "stochastic",
+        "gradient": lambda e: "exact" if e["differentiable"] else e["surrogates"],
+        "g(x)": _what,
+    },
+    "attacks": {"attack": "name", "norms": "norms", "black box": "black_box", "search": "about"},
+    "classifiers": {
+        "classifier": "name",
+        "clean %": "clean",
+        "robust %": "robust",
+        "threat": lambda e: f"{e['threat']} {e['eps']}" if "threat" in e else "-",
+        "network": _what,
+    },
+    "datasets": {"data set": "name", "shape": "shape", "classes": "classes", "radii": "radii", "images": "about"},
+    "budgets": {
+        "budget": "name",
+        "n": "n",
+        "select": "select",
+        "draws": "draws",
+        "steps × draws of PGD": lambda e: "{steps} × {eot}".format(**e["attacks"]["pgd"]),
+        "of APGD": lambda e: "{steps} × {eot}".format(**e["attacks"]["apgd"]),
+        "of Square": lambda e: "{queries} × {eot}".format(**e["attacks"]["square"]),
+    },
 }
-"""The columns of each kind's table: a heading, and what stands below it."""
+"""The columns of each kind's table: a heading, and the key of an entry or what makes words of one."""
