@@ -137,11 +137,13 @@ def _component(kind: str, spec: Spec, need: Need) -> dict[str, Any]:
     cards = checkpoints.cards(need.form.family, need.roots)
     card = checkpoints.read_card(cards[spec.name]) if spec.name in cards else {}
     name = card.get("component", spec.name)
-    built = checkpoints.build(kind, spec, need) if kind == "purifiers" else None
+    built = checkpoints.build(kind, spec, need, hollow=True) if kind == "purifiers" else None
     component: Any = registry.load(kind, name, spec.argument)
     options = _options(component, spec, card.get("options"))
     found = _named(spec, component) | {"about": _first(component), "component": name, "options": options}
-    found["weights"] = bool(card.get("files"))
+    found |= {"weights": bool(card.get("files")), "source": card.get("source")}
+    if any(not remote.path.is_file() for remote in checkpoints.published(card, need)):
+        found["not here yet"] = f"python -m benchmark fetch {spec.name} --dataset {need.form.family}"
     accuracy = card.get("measured", {}).get("test", {}).get("accuracy")
     if kind == "classifiers" and accuracy is not None:
         found["clean"] = round(100 * accuracy, 2)
@@ -204,6 +206,8 @@ def _in_words(value: Any) -> str:
 
 def _what(found: dict[str, Any]) -> str:
     """What a component computes; of a variant in what it differs."""
+    if found.get("source"):
+        return f"{found['component']}: {found['source']}"
     return f"{found['component']} with {_difference(found)}" if "differs" in found else found.get("about", "-")
 
 

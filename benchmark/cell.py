@@ -249,8 +249,7 @@ class Cell:
         if self.fitting == 0:
             raise NotApplicableError(
                 f"{self}: the gradient of 32 rows needs {memory.size(self.footprint.least * ROWS)} even where every "
-                f"step is recomputed, and {memory.size(memory.budget(self.device))} may be used here: take a device "
-                "with more memory"
+                f"step is recomputed, and {memory.size(self.budget)} may be used here: take a device with more memory"
             )
         return self.fitting
 
@@ -260,7 +259,7 @@ class Cell:
 
         Fewer, but a full call, where that keeps all graphs: to recompute costs a forward pass more.
         """
-        budget = memory.budget(self.device)
+        budget = self.budget
         most = self.footprint.rows(self.most_rows, budget)
         fewer = (r for r in range(most, FULL - 1, -ROWS) if self.footprint.keep(r, budget) is None)
         return most if self.settings.rows is not None else next(fewer, most)
@@ -280,7 +279,12 @@ class Cell:
     @cached_property
     def keep(self) -> int | None:
         """How many of a purification's last stages keep their graphs; None for all. It changes no number."""
-        return self.footprint.keep(self.rows, memory.budget(self.device))
+        return self.footprint.keep(self.rows, self.budget)
+
+    @property
+    def budget(self) -> int:
+        """Bytes that the graphs of a call may take."""
+        return memory.budget(self.device, ROWS * self.footprint.least)
 
     def run(self) -> Path:
         """Attack every example that isn't recorded yet; returns the folder."""

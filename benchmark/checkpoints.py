@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import zipfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +24,7 @@ from benchmark.data import FORMS, Form
 from benchmark.errors import UsageError
 from benchmark.fetch import Remote, network, obtain, sha256
 from benchmark.fingerprint import fingerprint
+from benchmark.layouts import LAYOUTS
 from benchmark.recipes import COMPACT, recipes
 from benchmark.registry import Spec
 
@@ -91,6 +94,13 @@ def names(kind: str, dataset: str, roots: Sequence[Path] = ()) -> list[str]:
     return sorted(bare | {n for n, k in described.items() if k == kind})
 
 
+def at_hand(kind: str, need: Need) -> list[str]:
+    """Those of ``names`` that can run now: what others publish only where it was fetched."""
+    found = cards(need.form.family, need.roots)
+    missing = {n for n, p in found.items() if any(not r.path.is_file() for r in published(read_card(p), need))}
+    return [name for name in names(kind, need.form.family, need.roots) if name not in missing]
+
+
 def _needs_weights(kind: str, name: str) -> bool:
     """Whether a component has networks."""
     component = registry.load(kind, name)
@@ -122,8 +132,14 @@ def _bytes(component: Component) -> int:
     return sum(t.numel() * t.element_size() for t in component.module.state_dict().values())
 
 
-def build(kind: str, text: str | Spec, need: Need) -> Component:
+def build(kind: str, text: str | Spec, need: Need, *, hollow: bool = False) -> Component:
     """The component of a spec, with the weights of its card or its zoo.
+
+    Args:
+        kind: "purifiers" or "classifiers".
+        text: the spec.
+        need: what it has to fit, and what may be done for it.
+        hollow: leave its networks without weights, on the device "meta": to ask what it is, not to run it.
 
     Raises:
         UsageError: for an unknown name or option, a value out of range, missing or altered weights.
@@ -150,12 +166,14 @@ def build(kind: str, text: str | Spec, need: Need) -> Component:
                 f"take the card of one that was trained with that: {', '.join(sorted(others))}"
             )
     sizes = (shape, card.get("size", "tiny")) + ((classes,) if kind == "classifiers" else ())
-    fresh: dict[str, nn.Module] = component.parts(*sizes) if hasattr(component, "parts") else {}
+    with torch.device("meta") if hollow else nullcontext():
+        fresh: dict[str, nn.Module] = component.parts(*sizes) if hasattr(component, "parts") else {}
     hashes = registry.source(spec)
     for part in fresh:
         if path is None:
             raise UsageError(f"no weights for {spec.name} on {family}; {_remedy(kind, spec.name, need)}")
-        fresh[part], hashes[part] = _load_part(path.parent, part, card["files"][part], fresh[part])
+        if not hollow:
+            fresh[part], hashes[part] = _load_part(path.parent, part, card["files"][part], fresh[part], need)
     try:
         module: nn.Module = component(*fresh.values(), **options)
     except ValueError as error:
@@ -216,6 +234,8 @@ def remotes(text: str, need: Need) -> list[Remote]:
     spec = registry.parse(text)
     if spec.name in zoo.ZOOS:
         return in_zoo(spec, need)[0].files
+    if card := cards(need.form.family, need.roots).get(named(spec).name):
+        return published(read_card(card), need)
     known = [*names("purifiers", need.form.family, need.roots), *names("classifiers", need.form.family, need.roots)]
     known += registry.names("attacks")
     if spec.name == "file":
@@ -262,8 +282,8 @@ def save(folder: Path, parts: dict[str, nn.Module]) -> dict[str, dict[str, str]]
 
 
 def check_files(card: Path) -> int:
-    """How many files a card names; an error if one isn't what it says."""
-    entries = read_card(card)["files"].values()
+    """How many files a card brings; an error if one isn't what it says."""
+    entries = [entry for entry in read_card(card)["files"].values() if "layout" not in entry]
     for entry in entries:
         _checked(card.parent, entry)
     return len(entries)
@@ -298,13 +318,35 @@ def _beside(folder: Path, entry: dict[str, Any]) -> Path:
     return near if near.is_file() else shipped
 
 
-def _load_part(folder: Path, name: str, entry: dict[str, Any], fresh: nn.Module) -> tuple[nn.Module, str]:
-    """A part's network with the weights of a card's entry."""
-    file = _checked(folder, entry)
+def published(card: dict[str, Any], need: Need) -> list[Remote]:
+    """The files of a card that others publish: where they lie, or would, and whence they come."""
+    return [_remote(entry, need) for entry in card.get("files", {}).values() if "layout" in entry]
+
+
+def _remote(entry: dict[str, Any], need: Need) -> Remote:
+    relative, repository = Path(need.form.family) / entry["file"], entry.get("repository")
+    hub = (repository, relative.name) if repository else None
+    return Remote(zoo.place(relative, list(need.roots), hub), zoo.on_hub(*hub) if hub else entry["url"])
+
+
+def _read(file: Path) -> Any:
+    """What a checkpoint holds; of a large one only what is used comes into memory."""
     from safetensors.torch import load_file
 
-    safe = file.suffix == ".safetensors"
-    state = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+
+
+def _load_part(folder: Path, name: str, entry: dict[str, Any], fresh: nn.Module, need: Need) -> tuple[nn.Module, str]:
+    """A part's network with the weights of a card's entry."""
+    if "layout" in entry:
+        file = obtain(_remote(entry, need), offline=need.offline)
+        with zoo.trusting(need.trust, str(file)):
+            fresh.load_state_dict(LAYOUTS[entry["layout"]](_read(file), fresh))
+        return fresh, sha256(file)
+    file = _checked(folder, entry)
+    state = _read(file)
     for old, new in entry.get("rename", {}).items():
         state = {key.replace(old, new): value for key, value in state.items()}
     config = file.parent / "config.json"

@@ -198,15 +198,15 @@ def grid(
     roots = (Path(settings.weights),) if settings.weights else ()
     if combine in ("probabilities", "vote") and copies == 1:
         raise UsageError(f"--combine {combine} would have no effect on one copy: add --copies N")
+    need = checkpoints.Need(pool.form, settings.norm or "Linf", roots, settings.offline, settings.trust)
     lists = []
     for kind, text in (("purifiers", purifiers), ("classifiers", classifiers), ("attacks", attacks)):
         if text == "all":
-            lists.append(_attacks(settings) if kind == "attacks" else checkpoints.names(kind, pool.family, roots))
+            lists.append(_attacks(settings) if kind == "attacks" else checkpoints.at_hand(kind, need))
         else:
             lists.append(list(dict.fromkeys(s for item in registry.expand(text) for s in registry.split(item))))
         if not lists[-1]:
             raise UsageError(f"no {kind} are named: --{kind.removesuffix('s')} {text!r}")
-    need = checkpoints.Need(pool.form, settings.norm or "Linf", roots, settings.offline, settings.trust)
     for p, c in itertools.product(*lists[:2]):
         defense = _made(settings.shelf, p, c, need, copies, combine)
         for seed, view, eps, attack in itertools.product(seeds, views, radii, lists[2]):

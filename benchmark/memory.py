@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import sys
 
 import torch
 
 CPU_BUDGET = 3 << 30
-"""Bytes for stored graphs on a CPU at most: other processes want memory, too."""
+"""Bytes for stored graphs on a CPU, unless the smallest call needs more: other processes want memory, too."""
 
 
-def budget(device: torch.device) -> int:
-    """Bytes that graphs may take: half of what is free, on a CPU at most 3 GiB."""
+def budget(device: torch.device, least: float = 0) -> int:
+    """Bytes that graphs may take: half of what is free, on a CPU no more than ``CPU_BUDGET`` or, if more, ``least``."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return (torch.cuda.mem_get_info(device)[0] + cached) // 2
-    return min(CPU_BUDGET, free() // 2)
+    return min(max(CPU_BUDGET, math.ceil(least)), free() // 2)
 
 
 def size(count: float) -> str:

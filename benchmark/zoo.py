@@ -1,4 +1,4 @@
-"""Classifiers of other packages by name: RobustBench's model zoo, timm, torchvision."""
+"""Models of other packages and places: RobustBench's model zoo, timm and torchvision by name; where their files lie."""
 
 from __future__ import annotations
 
@@ -36,6 +36,24 @@ class Model(NamedTuple):
 def folders(roots: list[Path]) -> list[Path]:
     """Where models are looked for: --weights, RobustBench's own default, the cache."""
     return [*roots, Path("models"), data.cache_dir() / "models"]
+
+
+def place(relative: Path, roots: list[Path], hub: tuple[str, str] | None = None) -> Path:
+    """Where a model's file lies, or where its download would go: to the first root, or to the cache.
+
+    Args:
+        relative: its place in a folder of models.
+        roots: folders to look in before the usual ones.
+        hub: the repository and the name that it has on the hub, whose cache may hold it.
+    """
+    near = next((r / relative for r in folders(roots) if (r / relative).is_file()), None)
+    return near or (hub and _cached(*hub)) or (roots[0] if roots else folders([])[-1]) / relative
+
+
+def on_hub(repository: str, file: str) -> str:
+    """The address of a file of a hub's repository; HF_ENDPOINT names another hub."""
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    return f"{hub}/{repository}/resolve/main/{file}"
 
 
 # --- RobustBench -------------------------------------------------------------------------------------------------
@@ -157,12 +175,10 @@ def timm(name: str, form: Form, roots: list[Path]) -> Model:
         raise UsageError(f"{near}there are {len(known):,}: timm.list_models(pretrained=True)")
     config = library.get_pretrained_cfg(name)
     _fits(f"timm:{name}", form, config.num_classes)
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     repository = str(config.hf_hub_id).rstrip("/") if config.hf_hub_id else None
-    url = f"{hub}/{repository}/resolve/main/model.safetensors" if repository else config.url
+    url = on_hub(repository, "model.safetensors") if repository else config.url
     relative = Path("imagenet") / "timm" / (name + Path(url).suffix)
-    path = next((r / relative for r in folders(roots) if (r / relative).is_file()), None)
-    path = path or _cached(repository) or (roots[0] if roots else folders([])[-1]) / relative
+    path = place(relative, roots, (repository, "model.safetensors") if repository else None)
 
     def build() -> nn.Module:
         overlay = {"file": str(path), "custom_load": False}  # else timm's own readers, of pickled data too
@@ -226,11 +242,11 @@ def _fits(what: str, form: Form, classes: int) -> None:
         )
 
 
-def _cached(repository: str | None) -> Path | None:
+def _cached(repository: str, file: str) -> Path | None:
     """A model's file in the hub's cache, if an earlier download left it there."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repository, "model.safetensors") if repository else None
+    found = try_to_load_from_cache(repository, file)
     return Path(found) if isinstance(found, str) else None
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from purifiers._published import PUBLISHED
 from purifiers._schedule import VP, Time
 
 Edit: TypeAlias = "Callable[[Denoiser, Tensor, Time, Tensor], Tensor]"
@@ -39,7 +40,7 @@ those for latents see every site."""
 
 
 def unet(shape: tuple[int, int, int], form: str, *, images: int = 1, embeds: bool = False) -> nn.Module:
-    """A fresh UNet2DModel of one of ``FORMS`` for z of ``shape`` (C, H, W).
+    """A fresh UNet2DModel of one of ``FORMS``, or of ``PUBLISHED``, for z of ``shape`` (C, H, W).
 
     Args:
         images: how many images of z's channels it takes.
@@ -47,6 +48,8 @@ def unet(shape: tuple[int, int, int], form: str, *, images: int = 1, embeds: boo
     """
     from diffusers import UNet2DModel  # heavy: only where networks are built
 
+    if form in PUBLISHED:
+        return PUBLISHED[form](shape)
     widths, patch, layers = FORMS[form]
     if shape[1] != shape[2]:
         raise ValueError(f"these networks are of square images, got {shape}")

@@ -82,7 +82,7 @@ def cell(tmp_path, weights):
 @pytest.fixture
 def budget(monkeypatch):
     """Sets the bytes that graphs may take."""
-    return lambda count: monkeypatch.setattr(memory, "budget", lambda device: count)
+    return lambda count: monkeypatch.setattr(memory, "budget", lambda device, least=0: count)
 
 
 @pytest.fixture
@@ -221,6 +221,21 @@ def test_rows_that_were_asked_for_and_do_not_fit_are_not_said_to(plan, floor, bu
     budget(2.5 * floor)
     (asked,) = plan("--batch-size", "128")["cells"]
     assert asked["fits"] != "fits"
+
+
+def test_a_large_network_may_take_more_of_a_cpus_memory_than_a_small_one(monkeypatch):
+    cpu, free = torch.device("cpu"), 20 << 30
+    monkeypatch.setattr(memory, "free", lambda: free)
+    assert memory.budget(cpu) == memory.budget(cpu, 1 << 30) == memory.CPU_BUDGET < 5 << 30
+    assert memory.budget(cpu, 5 << 30) == 5 << 30, "there is room for its smallest call"
+    assert memory.budget(cpu, 15 << 30) == free // 2, "there isn't"
+
+
+def test_a_network_takes_the_memory_that_its_smallest_call_needs(cell, floor, monkeypatch):
+    monkeypatch.setattr(memory, "CPU_BUDGET", int(floor / 2))
+    assert cell().fitting == ROWS and cell().keep == 0
+    monkeypatch.setattr(memory, "free", lambda: int(1.9 * floor))
+    assert cell().fitting == 0
 
 
 def test_what_does_not_fit_has_no_price_and_the_document_stays_json(plan, floor, budget):

@@ -162,10 +162,14 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"cells": cells} | whole, indent=2))
     else:
-        print(
-            f"in all about {duration(whole['hours'])} on this device, {duration(whole['hours_on_devices'])} on "
-            f"{arguments.devices} such; draws at x that cells of a defense share are counted in each"
-        )
+        large = sum(one.hours is None for one in prices)
+        if large < len(prices):
+            print(
+                f"in all about {duration(whole['hours'])} on this device, {duration(whole['hours_on_devices'])} on "
+                f"{arguments.devices} such; draws at x that cells of a defense share are counted in each"
+                + f"; without the {large} that don't fit"
+                * bool(large)
+            )
     return DONE
 
 
