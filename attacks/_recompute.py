@@ -167,7 +167,7 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
 
     def _note(self, tensor: Tensor) -> Tensor:
         self.sizes[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
+        return tensor.detach()  # a node that held its own output would never be freed
 
     @property
     def bytes(self) -> int:

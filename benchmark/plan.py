@@ -105,6 +105,8 @@ class Price(NamedTuple):
         return "      " + "; ".join([*parts, f"{memory.size(self.disk_bytes)} of disk"])
 
 
+LONG = 5.0
+"""Seconds of one image on a CPU from which on no whole call is timed."""
 TIMED: WeakKeyDictionary[Defense, dict[tuple, float]] = WeakKeyDictionary()
 """Seconds of calls that were timed, by defense: the cells of a grid share them."""
 
@@ -194,10 +196,19 @@ def _gradient(cell: Cell) -> float:
 
 
 def _seconds(cell: Cell, defense: Defense, what: str, request: Request) -> float:
-    """How long a call takes: the second one, unless the first took so long that what it sets up is lost in it."""
-    calls = Calls(cell.rows, PRECISIONS[cell.identity.precision]())
+    """How long a call takes: the second one, unless the first took so long that what it sets up is lost in it.
+
+    On a CPU a call of a large network is ``rows`` times the time of one image.
+    """
+    precision = PRECISIONS[cell.identity.precision]()
+    calls, one = Calls(cell.rows, precision), slice(0, 1)
     timed = TIMED.setdefault(defense, {})
     key = (what, str(cell.device), cell.rows, cell.keep)
+    if key not in timed and cell.device.type == "cpu" and not cell.settings.compile:
+        columns = tuple(column[one] for column in request.columns)
+        alone = request._replace(x=request.x[one], noise=request.noise[one], columns=columns)
+        if (seconds := stopwatch(Calls(1, precision), alone)) > LONG:
+            timed[key] = cell.rows * seconds
     if key not in timed:
         timed[key] = stopwatch(calls, request)
         if timed[key] < 5 or cell.settings.compile:

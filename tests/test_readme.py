@@ -83,7 +83,7 @@ def test_a_stale_table_is_noticed_and_made_anew(tmp_path, capsys):
     assert "old" in path.read_text() and f"python -m benchmark tables {path}" in capsys.readouterr().err
     assert cli.main(["tables", str(path)]) == cli.DONE
     lines = path.read_text().splitlines()
-    assert lines[0] == "before" and lines[2].startswith("quick") and lines[-1] == "after"
+    assert lines[0] == "before" and lines[3].startswith("quick") and lines[-1] == "after"
     assert cli.main(["tables", "--check", str(path)]) == cli.DONE
 
 
