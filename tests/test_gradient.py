@@ -13,7 +13,7 @@ from attacks._gradient import ce, dlr, margin
 from attacks._recompute import footprint
 from attacks._views import BPDA, Blind, Exact, stages
 from benchmark.preflight import finite_difference_error
-from purifiers import Defense, Tape
+from purifiers import Defense, Purifier, Tape
 from purifiers._diffusion import Kept
 from purifiers.diffpure import DiffPure
 from tests.conftest import CASES, classifier, images, smooth
@@ -117,6 +117,29 @@ def test_affordable_stages_follow_the_budget(case, make):
     assert budgets[len(measured) :] == [None] * (len(budgets) - len(measured))
     rows = [found.rows(128, 1 << bits) for bits in range(8, 40, 2)]
     assert rows[0] == 0 and rows[-1] == 128 and rows == sorted(rows) and not any(r % 32 for r in rows)
+
+
+def test_measuring_memory_leaves_none_behind():
+    """A chain's graphs are freed stage by stage: of a large network all of them together would fit nowhere."""
+    held: list[weakref.ref] = []
+
+    class Watched(Purifier):
+        stochastic, steps = False, 4
+
+        def start(self, x, noise):
+            return x, None
+
+        def step(self, k, state, context, noise):
+            assert sum(ref() is not None for ref in held) <= 1, "of stages before the last"
+            grown = (state / 2).exp()  # whose node saves its own output
+            held.append(weakref.ref(grown))
+            return grown.sigmoid()
+
+        def finish(self, state, context):
+            return state
+
+    footprint(Defense(Watched(), torch.nn.Flatten()), X[:1], tape(1), Exact(), staged=True)
+    assert len(held) == 4 and all(ref() is None for ref in held)
 
 
 @every_purifier
