@@ -13,6 +13,7 @@ from purifiers._base import Batch, Images, Purifier
 from purifiers._codec import KL, Posterior
 from purifiers._critics import CodeCritic, ImageCritic
 from purifiers._noise import Noise
+from purifiers._published import PUBLISHED
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
@@ -177,6 +178,8 @@ class VAE(Purifier):
     def parts(cls, shape: tuple[int, int, int], size: str = "tiny") -> dict[str, nn.Module]:
         from diffusers import AutoencoderKL  # heavy: only where networks are built
 
+        if size in PUBLISHED:
+            return {"autoencoder": PUBLISHED[size](shape)}
         channels, (widths, code) = 4 * shape[0], SIZES[size]  # on 2×2 patches: half the cost of pixels
         return {
             "autoencoder": AutoencoderKL(

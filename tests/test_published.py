@@ -83,6 +83,27 @@ def test_old_names_of_attention_are_read():
     assert torch.equal(again.eval()(x, t).sample, net.eval()(x, t).sample)
 
 
+def test_the_autoencoder_of_stable_diffusion_reads_images_and_their_gradients(tmp_path):
+    """In float32, at full size, under the old names of attention that its file has."""
+    torch.manual_seed(0)
+    net = _published.stable_diffusion((3, 224, 224))
+    names = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
+    state = net.state_dict()
+    for new, once in names.items():
+        state = {key.replace(new, once): value for key, value in state.items()}
+    path = tmp_path / "imagenet" / "sd-vae-ft-mse" / "diffusion_pytorch_model.safetensors"
+    path.parent.mkdir(parents=True)
+    save_file(state, path)
+    need = Need(data.FORMS["imagenet"], roots=(tmp_path,), offline=True)
+    vae = checkpoints.build("purifiers", "vae:weights=stable-diffusion,temperature=0", need).module
+    x = torch.rand(1, 3, 64, 64, requires_grad=True)
+    found = vae(x)
+    expected = (net.eval().decode(net.encode(2 * x - 1).latent_dist.mean).sample + 1) / 2
+    assert torch.equal(found, expected.clamp(0, 1))
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    assert gradient.abs().max() > 0
+
+
 # --- cards
 
 
