@@ -154,7 +154,9 @@ def build(kind: str, text: str | Spec, need: Need, *, hollow: bool = False) -> C
     if path and card["kind"] != kind:
         raise UsageError(f"{spec.name} is one of the {card['kind']}, not of the {kind}")
     if not path and spec.name != "file" and spec.name not in registry.names(kind):
-        raise UsageError(registry.unknown(kind[:-1], spec.name, names(kind, family, need.roots)))
+        others = sorted(other.name for other in SHIPPED.glob("*") if spec.name in cards(other.name))
+        hint = f"{spec.name} has weights for {', '.join(others)}, not for {family}; " if others else ""
+        raise UsageError(hint + registry.unknown(kind[:-1], spec.name, names(kind, family, need.roots)))
     component = registry.load(kind, card.get("component", spec.name), spec.argument)
     options = registry.resolve(component, spec, card.get("options"))
     trained = registry.resolve(component, Spec(spec.name), card.get("options")) if card else options

@@ -129,6 +129,11 @@ def test_diffpures_own_options_are_those_of_its_papers_networks():
         assert spec.options["steps"] == 1000 * t_star
 
 
+def test_for_another_data_set_it_is_told_where_it_belongs():
+    with pytest.raises(UsageError, match="diffpure-score-sde has weights for cifar10, not for fashion-mnist"):
+        checkpoints.build("purifiers", "diffpure:weights=score-sde", Need(data.FORMS["fashion-mnist"]))
+
+
 def test_all_leaves_out_what_was_not_fetched(tmp_path):
     need = Need(FORM, roots=(tmp_path,))
     assert "diffpure-score-sde" in checkpoints.names("purifiers", "cifar10")
