@@ -116,8 +116,9 @@ class Victim:
     ) -> Evaluation:
         """Loss, correctness and, if asked for, gradient at x over ``eot`` draws of the site.
 
-        All are averaged over the same draws, summed in draw order. Where a draw's gradient isn't finite it counts as
-        zero, so that the other draws still lead; ``blank`` says how often.
+        All are averaged over the same draws, summed in draw order. What isn't finite of a draw's gradient counts as
+        zero, so that the rest still leads. ``blank`` says how often a gradient led nowhere: not finite somewhere, or
+        zero where the draw is still right.
 
         Args:
             x, y: images and labels.
@@ -140,7 +141,7 @@ class Victim:
         if gradient:
             self.backwards += eot
             largest = found.gradients.flatten(1).abs().amax(1)  # not a number where one pixel's isn't
-            self.blank += (~((largest > 0) & largest.isfinite())).view(-1, eot).sum(1)
+            self.blank += (~largest.isfinite() | (largest == 0) & right).view(-1, eot).sum(1)
             slope = _mean(found.gradients.nan_to_num(0, 0, 0), eot)
         return Evaluation(_mean(found.losses, eot), _mean(right.to(x.dtype), eot), slope)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -10,6 +11,11 @@ from torch import Tensor
 from attacks._base import Attack, State, first_broken
 from attacks._gradient import LEAST_CLASSES, LOSSES, Evaluation, Victim
 from attacks._threat import ThreatModel
+
+HALVED = (0.25, 0.45, 0.65, 0.8)
+"""After which shares of the iterations ``halving`` halves the step."""
+WALKED = sum((b - a) / 2**i for i, (a, b) in enumerate(pairwise((0.0, *HALVED, 1.0))))
+"""The mean of its steps, the first being 1."""
 
 
 class PGD(Attack):
@@ -57,7 +63,6 @@ class PGD(Attack):
         "halving",
     )
     later: ClassVar[tuple[str, ...]] = ("momentum", "halving")
-    HALVED: ClassVar[tuple[float, ...]] = (0.25, 0.45, 0.65, 0.8)
 
     def __init__(
         self,
@@ -149,7 +154,7 @@ class PGD(Attack):
     def size(self, k: int, threat: ThreatModel) -> float:
         """The length of the step that iteration k of a restart takes."""
         if self.halving:
-            return (self.step_size or threat.bound) / 2 ** sum(k >= share * self.steps for share in self.HALVED)
+            return (self.step_size or threat.bound) / 2 ** sum(k >= share * self.steps for share in HALVED)
         return self.step_size or self.step_factor * threat.bound / self.steps
 
     def ignored(self, stochastic: bool) -> tuple[str, ...]:

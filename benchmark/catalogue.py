@@ -65,7 +65,7 @@ def explained(component: Callable) -> dict[str, str]:
         section = re.search(r"^Args:\n((?:(?: {4}.*)?(?:\n|$))*)", inspect.cleandoc(owner.__doc__ or ""), re.M)
         for item in re.split(r"\n(?= {4}\S)", section[1].rstrip()) if section else ():
             names, _, meaning = " ".join(item.split()).partition(": ")
-            if not meaning.startswith("as ``"):
+            if not re.fullmatch(r"as (for )?``\w+``\.?", meaning):
                 found = {name: meaning.replace("``", "") for name in names.split(", ")} | found
     return found
 

@@ -328,8 +328,9 @@ class Cell:
         led = evidence.led({"records": list(self.folder.done().values())})
         if led is not None and led < 0.9 and not self.settings.quiet:
             print(
-                f"note: {1 - led:.0%} of the gradients were zero or not finite, so that the attack hardly moved: it is "
-                "weaker than its name; attack with pgd:loss=margin, with square, or through another --view, too",
+                f"note: {1 - led:.0%} of the gradients led nowhere, being not finite, or zero where the defense was "
+                "still right: the attack is weaker than its name; attack with another loss (pgd:loss=margin), with "
+                "square, or through another --view, too",
                 file=sys.stderr,
             )
 

@@ -147,7 +147,8 @@ def as_it_was(*defenses: Defense) -> Iterator[None]:
     modules = {module for defense in defenses for module in defense.modules()}
     held = [(vars(m), {k: v for k, v in vars(m).items() if k not in TORCHS}) for m in modules]
     filled: list[tuple[Any, Any]] = [(v, copy.copy(v)) for _, had in held for v in had.values() if type(v) in KEPT]
-    buffers = [(buffer, buffer.clone()) for m in modules for buffer in m.buffers(recurse=False)]
+    buffers = [(m._buffers, dict(m._buffers)) for m in modules]
+    values = [(b, b.clone()) for _, had in buffers for b in had.values() if b is not None]
     try:
         yield
     finally:
@@ -158,9 +159,13 @@ def as_it_was(*defenses: Defense) -> Iterator[None]:
         for container, content in filled:
             container.clear()
             container.extend(content) if isinstance(container, list) else container.update(content)
+        for registered, before in buffers:
+            registered.clear()
+            registered.update(before)
         with torch.no_grad():
-            for buffer, values in buffers:
-                buffer.copy_(values)
+            for buffer, value in values:
+                if not torch.equal(buffer, value):  # a buffer that repeats its elements can't be written to
+                    buffer.copy_(value)
 
 
 def tamed(defense: Defense, x: Tensor) -> Defense:

@@ -257,9 +257,10 @@ def worst_of(group: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str
 
 
 def led(run: dict[str, Any]) -> float | None:
-    """The share of a run's gradients that led somewhere, being finite and not zero; None if it took none."""
+    """The share of a run's gradients that led somewhere; None if it took none, or a package took them uncounted."""
     took = sum(r["backwards"] for r in run["records"])
-    return 1 - sum(r.get("blank", 0) for r in run["records"]) / took if took else None
+    blank = [r.get("blank", 0) for r in run["records"]]
+    return None if not took or None in blank else 1 - sum(blank) / took
 
 
 def _survival_of(run: dict[str, Any], ids: set[int]) -> float:

@@ -111,7 +111,7 @@ def check_defense(cell: Cell) -> None:
     ]
     if view is not None:
         tape = Tape(cell.settings.seed, "preflight", ids).to(cell.device)
-        checks.append(integral_check(cell.attacker, view, x, tape, rows=ROWS))
+        checks.append(integral_check(cell.attacker, cell.view(keep=0), x, tape, rows=ROWS))
     if (expected := getattr(cell.defense, "accuracy", None)) is not None:
         few = slice(0, min(KNOWN, len(cell.data)))
         x, y = cell.data.images(few).to(cell.device), cell.data.labels[few].to(cell.device)

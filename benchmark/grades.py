@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from attacks.pgd import WALKED
 from benchmark import evidence, registry, stats
 from benchmark.checks import Check
 from benchmark.files import reading
@@ -198,7 +199,7 @@ def _whole(members: Sequence[dict[str, Any]]) -> list[Check]:
     warned = sorted({name for one in members for name in one.get("warnings", ())})
     return [
         Check.of("whole", not notes, ", ".join(notes), "nothing to note", "run it again, to the end", bad="warn"),
-        *(Check(name, "warn", "at preflight", advice="attack with square, and with --view blind") for name in warned),
+        *(Check(name, "warn", "at preflight", advice="mend it, or attack with square and blind") for name in warned),
     ]
 
 
@@ -220,16 +221,19 @@ def _searches(run: dict[str, Any]) -> bool:
     attack = evidence.attack_class(run)
     blind = getattr(attack, "black_box", False) or getattr(attack, "restricted", False)
     steps, step_size = _option(run, "steps"), _option(run, "step_size") or _option(run, "alpha")
-    far = step_size * steps >= float(Fraction(run["identity"]["eps"])) if step_size else _option(run, "step", 1) >= 1
+    halves, eps = _options(run).get("halving", False), float(Fraction(run["identity"]["eps"]))
+    walked = step_size * steps * (WALKED if halves else 1)
+    far = walked >= eps if step_size else halves or _option(run, "step", 1) >= 1
     walks = steps >= STEPS and far  # as far as the radius, at least
-    return _own(run) and not blind and (evidence.led(run) or 0) >= LED and (walks or _standard(run))
+    led = evidence.led(run)
+    return _own(run) and not blind and (led is None or led >= LED) and (walks or _standard(run))
 
 
 def _by_the_book(run: dict[str, Any]) -> bool:
     """Whether a search is one that its name promises: PGD on a loss that leads, AutoAttack for such a defense."""
     if _name(run) == "autoattack" and run["stochastic"]:
         return _standard(run) or "pyautoattack" not in run["names"]["display"]
-    return _name(run) != "pgd" or _options(run).get("loss", "ce") in ("ce", "margin")
+    return _name(run) != "pgd" or _options(run).get("loss", "ce") in ("ce", "margin", "error")
 
 
 def _looks(run: dict[str, Any]) -> bool:

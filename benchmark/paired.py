@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from benchmark import evidence, stats
+from benchmark import evidence, registry, stats
 from benchmark.errors import UsageError
 from benchmark.results import WHERE, conditions, meant
 
@@ -88,23 +88,35 @@ def against(
         raise UsageError(f"--against {' '.join(wanted)}: no such row; there are {known}")
 
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row["identity"][name] for name in free)
+        identity = row["identity"]
+        spelled = {"purifier": registry.completed("purifiers", identity["purifier"])}  # older records name less
+        return tuple(spelled.get(name, identity[name]) for name in free)
 
-    by_key: dict[tuple[Any, ...], dict[str, Any]] = {}
+    by_key: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for reference in references:
-        if (twin := by_key.setdefault(key(reference), reference)) is not reference:
-            raise UsageError(
-                f"--against {' '.join(wanted)} means {twin['folder']} and {reference['folder']}: name more of "
-                f"{', '.join(WHERE)}"
-            )
-    held: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        by_key.setdefault(key(reference), []).append(reference)
+    held: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
     for row in rows:
-        if key(row) in by_key and not meant(row, asked):
-            held.setdefault(key(row), []).append(row)
+        if meant(row, asked) or key(row) not in by_key:
+            continue
+        near = [((len(_ids(row) & _ids(one)), -len(one["records"])), one) for one in by_key[key(row)]]
+        most = max(shared for shared, _ in near)  # and of these, the one with the fewest others
+        like, *twins = [one for shared, one in near if shared == most]
+        if twins:
+            raise UsageError(
+                f"--against {' '.join(wanted)} means {like['folder']} and {twins[0]['folder']}: name more of "
+                f"{', '.join(WHERE)}, or fewer folders"
+            )
+        if most[0]:
+            held.setdefault(like["folder"], (like, []))[1].append(row)
     if not held:
         raise UsageError(f"--against {' '.join(wanted)}: nothing else is recorded that could be held against it")
-    for of, others in held.items():
-        yield by_key[of], sorted(others, key=lambda row: [row["identity"][k] for k in ("classifier", "purifier")])
+    for reference, others in held.values():
+        yield reference, sorted(others, key=lambda row: [row["identity"][k] for k in ("classifier", "purifier")])
+
+
+def _ids(row: dict[str, Any]) -> set[int]:
+    return {record["id"] for record in row["records"]}
 
 
 def _scores(run: dict[str, Any], ids: set[int], rule: str) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from attacks import Calls, Found
 from attacks._calls import Request
 from purifiers import Defense, Noise, Purifier, Tape
+from purifiers._noise import Sealed
 
 if TYPE_CHECKING:
     from benchmark.cell import Cell
@@ -69,7 +70,7 @@ class Judge:
                 "code_flips": None if flips is None else float(flips[i]),
                 "forwards": found.forwards + extra + cell.distinct,
                 "backwards": found.backwards,
-                "blank": int(found.blank[i]),
+                "blank": None if cell.attack.package(cell.drawing) else int(found.blank[i]),
             }
             for i in range(len(ids))
         ]
@@ -158,7 +159,7 @@ class _Encoder(nn.Module):
         self.purifier = purifier
 
     def forward(self, x: Tensor, noise: Noise) -> Tensor:
-        codes = self.purifier.codes(self.purifier.start(x, noise.fold("round", 0))[0])
+        codes = self.purifier.codes(self.purifier.start(x, Sealed(noise.fold("round", 0)))[0])
         return x.new_empty(len(x), 0) if codes is None else codes.flatten(1).to(x.dtype)
 
 

@@ -118,8 +118,11 @@ def _compared(reference: dict[str, Any], table: Sequence[dict[str, Any]], rule: 
 
 def _compared_latex(reference: dict[str, Any], table: Sequence[dict[str, Any]], rule: str) -> str:
     one = report.row(reference, reference["records"], rule)
-    caption = f"Robust accuracy, paired with {_defense(reference)}"
-    label = f"paired-with {one['purifier']} {one['classifier']} {one['display']} {one['norm']} {one['eps']}"
+    on = f"{wording.dataset(one['dataset'])}, {one['norm']} {one['eps']}"
+    caption = f"Robust accuracy on {on}, paired with {_defense(reference)}"
+    label = "paired-with " + " ".join(
+        str(one[k]) for k in ("purifier", "classifier", "display", "dataset", "norm", "eps", "budget", "n")
+    )
     return tabular(HEAD, _cells(table), caption, _paired(reference, table, rule), label=label)
 
 

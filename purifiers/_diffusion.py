@@ -99,7 +99,9 @@ class Diffusion(Purifier):
             raise ValueError(f"eta must lie in [0, 1], got {eta}")
         usual = inspect.signature(type(self)).parameters.get("eta")
         if rule != "eta" and eta not in (1.0, usual.default if usual else 1.0):
-            raise ValueError(f"eta={eta} has no effect with rule={rule}: rule=eta goes by it")
+            raise ValueError(
+                f"eta={eta} has no effect with rule={rule}, be it given or the card's: rule=eta goes by it"
+            )
         self.unet, self.schedule = unet, VP()
         self.denoiser = Denoiser(unet, self.schedule, labels, images)
         stars = [float(t) for t in (t_star if isinstance(t_star, list) else [t_star])]

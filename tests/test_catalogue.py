@@ -58,6 +58,9 @@ def test_every_option_of_everything_is_explained(kind, name):
     assert entry["documentation"].startswith(entry["about"].split(":")[0])
     assert set(entry["meanings"]) == set(entry.get("options", {}))
     assert [option for option, meaning in entry["meanings"].items() if len(meaning) < 5] == []
+    assert not [m for m in entry["meanings"].values() if m.startswith("as for ") and len(m) < 20], (
+        "of what it stands for"
+    )
     lines = list(catalogue.page(entry, 100))
     assert lines[0].startswith(name) and max(map(len, lines)) <= 100
     text = "\n".join(lines)

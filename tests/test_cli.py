@@ -212,6 +212,24 @@ def test_options_may_stand_in_a_file(tmp_path, capsys):
     arguments = grammar.parser().parse_args(["run", f"@{table}", "--n-examples", "8"])
     assert (arguments.purifier, arguments.eps, arguments.n_examples) == ("vae,diffpure:t_star={0.1,0.2}", ["8/255"], 8)
     assert cli.main(["run", "@nowhere.txt"]) == cli.USAGE and "nowhere.txt" in capsys.readouterr().err
+    table.write_text(
+        "--out results/run#1  # it's the first\n--purifier \\\n  vae --attack \\\npgd\n#--seed 3\n--eps '0.1'"
+    )
+    words = ["run", "--eps", "8/255", f"@{table}"]
+    arguments = grammar.parser().parse_args(words)
+    assert (arguments.out, arguments.purifier, arguments.attack) == ("results/run#1", "vae", "pgd")
+    assert arguments.eps == ["8/255", "0.1"] and arguments.seed != 3, "what may be given several times adds up"
+    (tmp_path / "outer.txt").write_text(f"--n-examples 4 @{table}")
+    assert grammar.parser().parse_args(["run", f"@{tmp_path / 'outer.txt'}"]).out == "results/run#1"
+
+
+@pytest.mark.parametrize("text", ["--out 'results", "--out \\", b"--out \xff", "@{path}"])
+def test_a_file_of_options_that_cannot_be_read_is_told_in_a_line(tmp_path, capsys, text):
+    path = tmp_path / "options.txt"
+    path.write_bytes(text if isinstance(text, bytes) else text.format(path=path).encode())
+    assert cli.main(["run", f"@{path}"]) == cli.USAGE
+    message = capsys.readouterr().err
+    assert str(path) in message and "Traceback" not in message
 
 
 def test_radii_may_be_a_list(run, tmp_path):

@@ -599,6 +599,28 @@ def test_a_classifier_that_draws_is_told_where_its_noise_belongs(tmp_path):
         evaluate(Defense(Identity(), Smoothed()), gaussian(8), "pgd", eps="1/64", n=8, out=tmp_path, quiet=True)
 
 
+def test_a_search_that_has_broken_an_image_and_stands_still_is_not_a_weak_one(tmp_path, capsys):
+    """The ratio of logits is flat once two classes stand before the label's: it has nothing left to find."""
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    x = torch.rand(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    y = net(x).argmax(1)
+    result = evaluate(
+        Defense(Identity(), net), (x, y), "pgd:steps=20,loss=dlr", eps="0.3", n=16, out=tmp_path, quiet=False,
+        preflight=False,
+    )  # fmt: skip
+    assert result.rows[0]["robust"] == 0 and all(r["blank"] < 2 for r in result.records)
+    assert "led nowhere" not in capsys.readouterr().err
+
+
+def test_what_a_package_saw_of_gradients_is_not_known(tmp_path):
+    x, y = gaussian(4)
+    result = evaluate(
+        Defense(Identity(), TwoLogits()), (x, y), "torchattacks:PGD,steps=2", eps="1/64", n=4, out=tmp_path, quiet=True
+    )
+    assert [r["blank"] for r in result.records] == [None] * 4
+    assert evidence.led(read_run(result.folder)) is None
+
+
 class Saturated(TwoLogits):
     """So sure that the softmax is 1 in float32, and cross-entropy's gradient 0."""
 
@@ -615,7 +637,7 @@ def test_an_attack_whose_gradients_vanish_says_so_and_does_not_count(tmp_path, c
     result = evaluate(
         defense, (x, y), f"pgd:steps=20,loss={loss}", eps="1/64", n=32, out=tmp_path, quiet=False, preflight=False
     )
-    assert ("gradients were zero" in capsys.readouterr().err) == (not led)
+    assert ("gradients led nowhere" in capsys.readouterr().err) == (not led)
     assert all(r["blank"] == (0 if led else r["backwards"]) for r in result.records)
     run = read_run(result.folder)
     (grade,) = grades.grades([(run, result.records, [run])], [run])
@@ -642,18 +664,23 @@ def test_a_defense_built_by_hand_with_other_options_is_another_run(tmp_path):
 
 
 class Counts(Linear):
-    """Keeps an account of its calls, as published purifiers do: in an attribute, a list and a buffer."""
+    """Keeps an account of its calls, as published purifiers do: in an attribute, a list and buffers."""
 
     def __init__(self):
         super().__init__()
         self.calls, self.log = 0, ["begun"]
         self.register_buffer("counter", torch.zeros(1))
+        self.register_buffer("other", torch.zeros(1))
+        self.register_buffer("repeated", torch.full((1, 1), 0.5).expand(1, 8))
 
     def clean(self, x: Tensor, noise: Noise) -> Tensor:
         self.calls += 1
         self.log.append(len(x))
         self.last = x.detach()
         self.counter += 1
+        self.other = self.other + self.repeated.sum()
+        if not hasattr(self, "late"):
+            self.register_buffer("late", torch.ones(1))
         return super().clean(x, noise)
 
 
@@ -672,7 +699,8 @@ def test_a_defense_that_counts_its_calls_is_the_same_at_the_next_evaluation(tmp_
     settings = {"attack": "pgd:steps=1", "eps": "1/64", "out": tmp_path}
     first = evaluate(defense, gaussian(8), n=4, quiet=True, **settings)
     assert (defense.purifier.calls, defense.purifier.log, float(defense.purifier.counter)) == (0, ["begun"], 0)
-    assert not hasattr(defense.purifier, "last"), "it is given back as it was"
+    assert float(defense.purifier.other) == 0 and defense.purifier.repeated.shape == (1, 8)
+    assert not hasattr(defense.purifier, "last") and not hasattr(defense.purifier, "late"), "given back as it was"
     more = evaluate(defense, gaussian(8), n=8, quiet=True, **settings)
     assert more.folder == first.folder and len(more.records) == 8
     again = evaluate(defense, gaussian(8), n=8, quiet=False, **settings)

@@ -139,6 +139,16 @@ def test_steps_that_cannot_reach_the_radius_are_no_search():
         assert (status(graded(made(0.5, spec=spec)), "gradients") == "pass") == counts, spec
 
 
+def test_halved_steps_reach_as_far_as_they_go():
+    for spec, reaches in (
+        ("pgd:halving=true,step_size=0.0032,steps=20", False),
+        ("pgd:halving=true,step_size=0.01,steps=20", True),
+        ("pgd:halving=true,steps=20", True),
+        ("pgd:loss=error,steps=20", True),
+    ):
+        assert grades._searches(made(0.3, spec=spec)) == reaches, spec
+
+
 def test_a_search_that_images_leave_early_is_no_longer_one():
     run, auto, looking = made(0.5), *ALL[:2]
     for retire, letter in ((0, "A"), (16, "B")):

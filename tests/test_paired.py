@@ -56,6 +56,20 @@ def test_defenses_may_be_held_against_each_other_under_one_attack():
         list(paired.against([*VAE, *BARE], ["purifier=identity"], "square"))
 
 
+def test_older_records_that_name_fewer_options_are_held_against_newer_ones():
+    """Under their full names they are one purifier: no row may drop out."""
+    newer = made(0.6, purifier="vae", classifier="resnet-at")
+    newer["identity"]["purifier"] = "vae:code=0,likelihood=gaussian,rounds=1,temperature=1.0"
+    ((one, others),) = paired.against([VAE[0], newer], ["classifier=resnet"])
+    assert named(one) == ("vae", "resnet") and others[0]["identity"]["classifier"] == "resnet-at"
+
+
+def test_of_references_on_other_images_the_one_that_shares_most_is_meant():
+    few = made(0.5, purifier="identity", draws=1, n=8)
+    ((one, _),) = paired.against([*VAE, *BARE, few], ["purifier=identity"])
+    assert one["n"] == 40
+
+
 def test_other_radii_budgets_and_copies_stand_apart():
     others = [made(0.7, purifier="vae", eps="8/255"), made(0.7, purifier="vae", budget="standard")]
     ((_, held),) = paired.against([*VAE, *BARE, *others], ["purifier=identity"])

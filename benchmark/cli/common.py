@@ -24,7 +24,8 @@ def print_findings(found: Sequence[Any]) -> None:
     """A line per check or finding, and what to do about it."""
     marks = {"pass": "OK  ", "warn": "WARN", "fail": "FAIL", "n/a": "–   "}
     for f in found:
-        expected = f" (expected {f.threshold})" if getattr(f, "threshold", "") != "" and f.status == "fail" else ""
+        told = getattr(f, "threshold", "") != "" and f.status in ("warn", "fail")
+        expected = f" (expected {f.threshold})" if told else ""
         value = f"{f.value:.3g}" if isinstance(f.value, float) else f.value
         print(f"{marks[f.status]} {f.id:<24} {value}{expected}")
         if f.advice and f.status in ("warn", "fail"):

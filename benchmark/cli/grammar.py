@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,28 @@ AUDITS = ("gradients", "black-box", "grades")
 """What ``audit`` looks at."""
 
 
-class Grammar(argparse.ArgumentParser):
-    """A parser that reads a file of options as a shell would: many on a line, quotes, and comments after a #."""
+COMMENT = re.compile(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.)|(?<!\S)\#[^\n]*""", re.S)
+"""A comment; or what is quoted or escaped, where none begins."""
 
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return shlex.split(arg_line, comments=True)
+
+class Grammar(argparse.ArgumentParser):
+    """A parser that reads a file of options as a shell would: quotes, a backslash at a line's end, comments after #."""
+
+    def _read_args_from_files(self, arg_strings: list[str]) -> list[str]:
+        return [word for given in arg_strings for word in self._words(given, ())]
+
+    def _words(self, given: str, inside: tuple[Path, ...]) -> list[str]:
+        """A word of the command line; for @FILE those of the file, which may name others."""
+        if not given.startswith("@"):
+            return [given]
+        path = Path(given[1:])
+        if path.absolute() in inside:
+            self.error(f"{given} names itself")
+        try:
+            text = COMMENT.sub(lambda found: (found[1] or "").replace("\\\n", ""), path.read_text(encoding="utf-8"))
+            return [w for word in shlex.split(text) for w in self._words(word, (*inside, path.absolute()))]
+        except (OSError, ValueError) as error:
+            self.error(f"{given} can't be read: {error}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmark",
         description="Clean and robust accuracy of adversarial purification, under attacks on the whole defense.",
         epilog="Example: python -m benchmark run --purifier diffpure --attack autoattack. @FILE stands for the options "
-        "in a file; of one given twice the last counts.",
+        "in a file; of one given twice the last counts, but --eps, --where, --beside and --against add up.",
         fromfile_prefix_chars="@",
     )
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
