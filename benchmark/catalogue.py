@@ -201,6 +201,8 @@ def _in_words(value: Any) -> str:
     if isinstance(value, dict):
         nested = any(isinstance(v, dict) for v in value.values())
         return ("; " if nested else ", ").join(f"{k} {_in_words(v)}" for k, v in value.items())
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
     return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
@@ -226,7 +228,7 @@ COLUMNS: dict[str, dict[str, str | Callable[[dict[str, Any]], str]]] = {
     "purifiers": {
         "purifier": "name",
         "NFE": "nfe",
-        "parameters": lambda e: f"{e['parameters']:,}" if e["parameters"] else "-",
+        "parameters": lambda e: _in_words(e["parameters"]) if e["parameters"] else "-",
         "random": "stochastic",
         "gradient": lambda e: "exact" if e["differentiable"] else e["surrogates"],
         "g(x)": _what,
