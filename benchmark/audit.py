@@ -17,7 +17,7 @@ from benchmark import evidence, stats, wording
 from benchmark.checks import Check
 from benchmark.errors import UsageError
 from benchmark.gate import check_shapes
-from benchmark.grades import MEANING, grades
+from benchmark.grades import EVERYTHING, MEANING, grades
 from benchmark.preflight import finite_difference_error, generic
 from benchmark.report import row
 from benchmark.verdict import Judge
@@ -204,6 +204,8 @@ def _render_grades(found: Sequence[dict[str, Any]]) -> str:
             expected = f"expected {c['threshold']}" if c["status"] != "pass" and c["threshold"] != "" else ""
             value = f" ({'; '.join(filter(None, (c['value'], expected)))})" if c["value"] or expected else ""
             lines.append(f"  - {c['id']}: {c['status']}{value}{advice}")
+    if any(c["status"] == "not run" for one in found for c in one["checks"]):
+        lines += ["", f"`run --attack {EVERYTHING}` with the rest of a defense's command meets all that wasn't tried."]
     return "\n".join([*lines, "", *(f"{letter}: {meaning}." for letter, meaning in MEANING.items())]) + "\n"
 
 

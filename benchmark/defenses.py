@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from benchmark import checkpoints, data, registry
+from benchmark import checkpoints, config, data, registry
 from benchmark.data import Form
 from benchmark.errors import UsageError
 from benchmark.fetch import network
 from benchmark.fingerprint import BOOKKEEPING, fingerprint, stamp
 from benchmark.foreign import Foreign
+from benchmark.grades import EVERYTHING, asked
 from purifiers import Defense, Purifier
 
 if TYPE_CHECKING:
@@ -196,7 +197,10 @@ def grid(
     seeds: Sequence[int] = (0,),
     views: Sequence[str] = ("auto",),
 ) -> Iterator[Cell]:
-    """The cells of specs with lists, braces and ``all``, a defense after the other; cells of one share its draws."""
+    """The cells of specs with lists, braces and ``all``, a defense after the other; cells of one share its draws.
+
+    The attacks may be ``graded``, too: for each defense those that its grade asks for.
+    """
     from benchmark.cell import Cell  # a cell describes its defense with this module
 
     pool = settings.examples(dataset)
@@ -214,8 +218,15 @@ def grid(
             raise UsageError(f"no {kind} are named: --{kind.removesuffix('s')} {text!r}")
     for p, c in itertools.product(*lists[:2]):
         defense = _made(settings.shelf, p, c, need, copies, combine)
-        for seed, view, eps, attack in itertools.product(seeds, views, radii, lists[2]):
+        meets = [a for named in lists[2] for a in (_asked(defense, pool, settings) if named == EVERYTHING else [named])]
+        for seed, view, eps, attack in itertools.product(seeds, views, radii, dict.fromkeys(meets)):
             yield Cell(defense, pool, attack, dataclasses.replace(settings, eps=eps, seed=seed, view=view))
+
+
+def _asked(defense: Defense, pool: data.Dataset, settings: Settings) -> list[str]:
+    """The attacks that a grade asks for of this defense."""
+    stochastic = tamed(defense, pool.images(slice(0, 8))).stochastic
+    return asked(stochastic, config.budget(settings.budget, torch.device(settings.device).type).name)
 
 
 def _attacks(settings: Settings) -> list[str]:

@@ -39,6 +39,8 @@ LOOKING = ("square", "spsa")
 STEPS, QUERIES, EFFORT = 20, 500, 2
 """What an attack by gradients and one without spend at least to count as tried; how many times a row's steps and draws
 per gradient a longer attack takes."""
+EVERYTHING = "graded"
+"""What ``--attack`` calls the attacks that a grade asks for."""
 
 
 class Grade(NamedTuple):
@@ -73,6 +75,25 @@ def grades(rows: Sequence[evidence.Row], runs: Iterable[dict[str, Any]]) -> list
             met.setdefault(evidence.defense(run), []).append(run)
     known = {str(run["folder"]): _correct(run["records"]) for of in met.values() for run in of}
     return [_grade(*row, met.get(evidence.defense(row[0]), []), known) for row in rows]
+
+
+def untried(grade: Grade) -> bool:
+    """Whether attacks that the grade asks for didn't meet the defense."""
+    met = ("gradients", "headline", "looking", "longer")
+    return any(check.id in met and check.status != "pass" for check in grade.checks)
+
+
+def asked(stochastic: bool, budget: str) -> list[str]:
+    """The attacks that ``grades`` asks for, after which only what they find can cost a defense its A.
+
+    A deterministic one meets PGD and the package's AutoAttack, which looks without gradients and is long enough at any
+    budget; a stochastic one PGD as others publish it, AutoAttack's version for it, Square, and PGD with momentum
+    and halved steps, which finds most of such a defense: twice as long where the budget is quick.
+    """
+    if not stochastic:
+        return ["pgd", "autoattack"]
+    longer = "" if budget in LARGE else f"steps={EFFORT * STEPS},"
+    return ["pgd", "autoattack", "square", f"pgd:{longer}momentum=0.75,halving=true"]
 
 
 def letter(checks: Iterable[Check]) -> str:
@@ -176,8 +197,11 @@ def _met(what: str, whole: Sequence[Any], less: Sequence[dict[str, Any]], expect
 
 
 def _longer(members: Sequence[dict[str, Any]], searches: Sequence[dict[str, Any]], quick: float) -> Check:
-    """Whether attackers worked long enough, or a longer attack was tried, than the row's and a quick one."""
-    most = max([quick, *(_effort(one) for one in members)])
+    """Whether attackers worked long enough, or a longer attack was tried, than the row's and a quick one.
+
+    A worst case may hold the longer one itself: longer than the shortest search in it.
+    """
+    most = max(quick, min((e for one in members if (e := _effort(one))), default=0.0))
     long = [one for one in searches if one["identity"]["budget"] in LARGE or _standard(one)]
     long += [one for one in searches if _effort(one) >= EFFORT * most]
     value = long[0]["names"]["display"] if long else members[0]["identity"]["budget"]

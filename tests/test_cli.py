@@ -497,6 +497,7 @@ def test_run_prints_the_table_on_stdout_and_the_plan_on_stderr(run, tmp_path, ca
     assert run() == cli.DONE
     output = capsys.readouterr()
     assert "image passes" in output.err and "image passes" not in output.out
+    assert "--attack graded does" in output.err, "what could contradict the number wasn't tried"
     assert cli.main(["report", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out == output.out
 

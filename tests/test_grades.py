@@ -10,8 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmark import audit, cli, evidence, grades, report, stats
+from benchmark import audit, cli, config, defenses, evidence, grades, registry, report, stats
 from benchmark.compact import compact
+from benchmark.settings import Settings
 from tests.synthetic import made
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -394,3 +395,38 @@ def test_a_figure_and_the_page_show_a_part_with_the_grades_of_all(tmp_path, caps
 def test_no_condition_leaves_out_what_a_defense_met(words, message, capsys):
     assert cli.main(["report", str(ROOT / "results" / "headline"), *words]) == cli.USAGE
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("budget", config.BUDGETS)
+def test_the_attacks_called_graded_are_all_that_an_a_asks_for(budget, tmp_path):
+    """Each cell as it would run; without one of them the letter is another, but for plain PGD, that others publish."""
+    settings = Settings(budget=budget, n=32, out=tmp_path)
+    cells = defenses.grid("identity,vae", "resnet", "graded,pgd", "fashion-mnist", [None], settings)
+    met: dict[str, list[dict]] = {"identity": [], "vae": []}
+    for cell in cells:
+        i, name = cell.identity, cell.names["purifier"]
+        met[name].append(
+            made(
+                0.5, purifier=name, attack=registry.parse(i.attack).name, spec=i.attack, budget=i.budget,
+                draws=9 if cell.stochastic else 1, gradients=float(cell.attack.gradients(cell.drawing)),
+            )
+        )  # fmt: skip
+        met[name][-1]["names"] |= {"display": cell.names["display"], "attack": i.attack}
+    assert {name: len(runs) for name, runs in met.items()} == {"identity": 2, "vae": 4}, "pgd is named twice, met once"
+    for runs in met.values():
+        (row,) = evidence.headline(runs)
+        (whole,) = grades.grades([row], runs)
+        assert whole.letter == "A" and not grades.untried(whole)
+    for k in range(1, 3 + (budget == "quick")):
+        without = [run for j, run in enumerate(met["vae"]) if j != k]
+        (less,) = grades.grades(evidence.headline(without), without)
+        assert less.letter in "BC" and grades.untried(less), met["vae"][k]["identity"]["attack"]
+
+
+def test_a_longer_attack_within_a_worst_case_counts_as_longer():
+    longer = made(0.5, budget="custom", spec="pgd:eot=8,steps=20")
+    runs = [made(0.5), *ALL[:2], longer]
+    (row,) = evidence.headline(runs)
+    assert longer in row[2] and grades.grades([row], runs)[0].letter == "A"
+    (row,) = evidence.headline(runs[:3])
+    assert status(grades.grades([row], runs[:3])[0], "longer") == "warn"

@@ -249,7 +249,12 @@ def _what(sub: argparse.ArgumentParser) -> None:
     what = sub.add_argument_group("what (specs: name[:argument][,key=value...], lists, {a,b} grids, or all)")
     what.add_argument("--purifier", default="diffpure", metavar="SPECS", help="e.g. identity,vae,diffpure (diffpure)")
     what.add_argument("--classifier", default="resnet", metavar="SPECS", help="e.g. resnet,resnet-at (resnet)")
-    what.add_argument("--attack", default="autoattack", metavar="SPECS", help="e.g. pgd,autoattack (autoattack)")
+    what.add_argument(
+        "--attack",
+        default="autoattack",
+        metavar="SPECS",
+        help="e.g. pgd,autoattack, or graded: all that a grade A asks for (autoattack)",
+    )
     what.add_argument(
         "--dataset",
         default="fashion-mnist",

@@ -68,9 +68,10 @@ def _interrupt(*_: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from benchmark import report, writers
+    from benchmark import evidence, report, writers
     from benchmark.cell import Incomplete
     from benchmark.fetch import NetworkForbidden
+    from benchmark.grades import EVERYTHING, grades, untried
 
     signal.signal(signal.SIGTERM, _interrupt)
     settings, began = settings_of(arguments), time.monotonic()
@@ -103,7 +104,15 @@ def run(arguments: argparse.Namespace) -> int:
     if not runs and unfit:
         raise (RunError if failed else UsageError)("no cell of this command has a number: see above")
     if whole := [run for run in runs.values() if run["complete"] or not arguments.shard]:
-        print(writers.render(report.table(whole, worst_case=True), "md"), end="")
+        beside = _beside(arguments.out)
+        print(writers.render(report.table(whole, worst_case=True, beside=beside), "md"), end="")
+        chosen = evidence.headline(whole)
+        if EVERYTHING not in arguments.attack and any(untried(grade) for grade in grades(chosen, [*beside, *whole])):
+            print(
+                f"not all that could contradict these numbers was tried: --attack {EVERYTHING} does, and audit --only "
+                f"grades {arguments.out} says what that is",
+                file=sys.stderr,
+            )
     if len(whole) < len(runs):
         print(
             f"{len(runs) - len(whole)} of {len(runs)} cells wait for other shards, and stand in no table yet: status "
@@ -112,6 +121,17 @@ def run(arguments: argparse.Namespace) -> int:
         )
     print("".join(f"not in the table: {line}\n" for line in unfit) + f"records: {arguments.out}", file=sys.stderr)
     return FAILED if failed else DONE
+
+
+def _beside(out: str) -> list[dict[str, Any]]:
+    """What was recorded before in a folder, which speaks in the grades of what is recorded there now."""
+    from benchmark.results import find_runs
+
+    try:
+        return find_runs([out])
+    except UsageError as error:
+        print(f"note: {error}; grades are of this command's runs alone", file=sys.stderr)
+        return []
 
 
 def _price(cell: Any) -> Any:
