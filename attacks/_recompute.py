@@ -60,8 +60,9 @@ class _Staged(torch.autograd.Function):
             ctx.kept = inputs, outputs
         else:
             ctx.save_for_backward(*tensors)
-        ctx.mark_non_differentiable(*(o for o in outputs if not o.requires_grad))
-        return tuple(o.detach() for o in outputs)
+        returned = tuple(o.detach() for o in outputs)
+        ctx.mark_non_differentiable(*(r for r, o in zip(returned, outputs, strict=True) if not o.requires_grad))
+        return returned
 
     @staticmethod
     @once_differentiable

@@ -53,7 +53,7 @@ def entry(kind: str, text: str, need: Need) -> dict[str, Any]:
     text = SECTION.sub("", inspect.getdoc(documented) or "") if documented else ""
     meanings = {"split": f"one of {', '.join(data.SPLITS)}."} | (explained(documented) if documented else {})
     return found | {
-        "documentation": text.replace("``", "").strip(),
+        "documentation": text.replace("``", "`").strip(),
         "meanings": {option: meanings.get(option, "") for option in found.get("options", {})},
     }
 
@@ -66,7 +66,7 @@ def explained(component: Callable) -> dict[str, str]:
         for item in re.split(r"\n(?= {4}\S)", section[1].rstrip()) if section else ():
             names, _, meaning = " ".join(item.split()).partition(": ")
             if not re.fullmatch(r"as (for )?``\w+``\.?", meaning):
-                found = {name: meaning.replace("``", "") for name in names.split(", ")} | found
+                found = {name: meaning.replace("``", "`") for name in names.split(", ")} | found
     return found
 
 
@@ -191,7 +191,7 @@ def _abilities(purifier: Any) -> dict[str, Any]:
 
 
 def _first(documented: Any) -> str:
-    return (documented.__doc__ or "").strip().split("\n")[0].replace("``", "")
+    return (documented.__doc__ or "").strip().split("\n")[0].replace("``", "`")
 
 
 # --- as text

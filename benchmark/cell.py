@@ -70,7 +70,9 @@ class Cell:
             raise UsageError(f"--precision {s.precision}: {error}") from error
         self.shard = s.part
         if s.rows is not None and (s.rows < 1 or s.rows % ROWS):
-            raise UsageError(f"--batch-size {s.rows}: row counts are multiples of 32, so that no row sees its place")
+            raise UsageError(
+                f"--batch-size {s.rows}: take a multiple of 32; with other counts a row's result depends on its place"
+            )
         self.data = s.examples(source)
         self.n = s.images
         described = defenses.describe(defense)
@@ -297,9 +299,11 @@ class Cell:
         check_past(self)
         if not self.left():
             if not s.quiet:
+                of = f"shard {s.shard} has" if s.shard else "there is"
                 which = f"all {self.n} images" if self.shard == (0, 1) else f"the images of shard {s.shard}"
-                where = f"are recorded in {self.folder.folder}" if self.folder.done() else f"of {self.n} are none"
-                print(f"{which} {where}: nothing to compute", file=sys.stderr)
+                what = f"{which} are recorded in {self.folder.folder}"
+                what = what if self.folder.done() else f"{of} no image among the first {self.n}"
+                print(f"{what}: nothing to compute", file=sys.stderr)
             return self.folder.finish(self.n if s.shard is None else None)
         check_shapes(self)
         if (caveat := self.attack.caveat(self.drawing)) and not s.quiet:
@@ -361,9 +365,11 @@ class Cell:
         """Halve the rows after memory ran out; searches under way begin again, for bytes may depend on rows.
 
         Raises:
-            RunError: at 32 rows.
+            RunError: at 32 rows, or before any number of rows was chosen.
         """
-        rows = self.__dict__.get("rows", ROWS)
+        rows = self.__dict__.get("rows")  # a cached property: not asked for, which would choose it
+        if rows is None:
+            raise RunError(f"{self}: memory ran out at one image: take a device with more of it")
         if rows <= ROWS:
             raise RunError(f"{self}: memory ran out at 32 rows: take a device with more of it")
         self.rows = max(rows // 2 // ROWS * ROWS, ROWS)  # type: ignore[misc]

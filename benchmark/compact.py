@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from benchmark import evidence, report, wording, writers
 from benchmark.grades import grades
-from benchmark.latex import PACKAGES, tabular
+from benchmark.latex import DAGGER, PACKAGES, WITHHELD, tabular
 from benchmark.report import COLUMNS, Table
 
 OVER = [c for c in COLUMNS if c not in ("attack", "display")]
@@ -43,7 +43,7 @@ def compact(
         runs: what makes lines.
         form: one of ``writers.FORMATS``; machines get one table, in which each attack has a column.
         rule: what an accuracy is, one of ``report.RULES``.
-        beside: runs that speak in the grades, and make no line.
+        beside: runs that count in the grades, and make no line.
     """
     runs = [r for r in runs if r["records"]]
     grouped = [(group, evidence.by_attack(group)) for group in sorted(evidence.met(runs), key=_order)]
@@ -133,8 +133,8 @@ def _mark(shown: Sequence[str], display: str | None) -> str:
 WORST = "worst case % [95 %]"
 """The head of the column that is ranked."""
 OVERALL = (
-    "Worst case: per image the attack that left the fewest correct draws, judged by fresh ones, so that it may read a "
-    "little above an attack of its own."
+    "Worst case: per image the attack that left the fewest correct draws, judged on fresh draws, so that it can lie "
+    "slightly above a single attack's number."
 )
 """What stands in that column."""
 
@@ -155,11 +155,11 @@ def _latex(lines: Sequence[Line], table: Table) -> str:
         head, rows = _cells(these, _displays(these), costs=False)
         column, first = head.index(WORST), [k for k, line in enumerate(these) if line.place == 1]
         for line, row in zip(these, rows, strict=True):
-            row[column] += "†" * (line.row["grade"] == "F")
+            row[column] += WITHHELD * (line.row["grade"] == "F")
         one = these[0].row
         caption = f"{wording.dataset(one['dataset'])}, budget {one['budget']}: accuracy in %"
         told = [wording.facts(of), *_notes(these, of)]
-        told += ["Bold: rank 1."] * bool(first) + ["† Withheld: grade F."] * any("†" in row[column] for row in rows)
+        told += ["Bold: rank 1."] * bool(first) + [DAGGER] * any(WITHHELD in row[column] for row in rows)
         labels.append(
             "-".join(["compact", *(str(one[c]) for c in ("dataset", "norm", "eps", "budget")), f"n{one['n']}"])
         )
@@ -171,7 +171,8 @@ def _latex(lines: Sequence[Line], table: Table) -> str:
 def _notes(lines: Sequence[Line], table: Table) -> list[str]:
     """What attacks, purifiers, accuracies, ranks and grades stand for."""
     displays = [
-        f"{name}: {', '.join(f'{_mark(of, one)} {one}'.strip() for one in of)}" for name, of in _displays(lines).items()
+        f"{name} is {', '.join([of[0], *(f'with {_mark(of, one)} {one}' for one in of[1:])])}"
+        for name, of in _displays(lines).items()
     ]
     told = [wording.accuracy(table), OVERALL]
     told += [wording.RANKS] * any(line.place for line in lines)

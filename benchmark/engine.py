@@ -214,4 +214,4 @@ def said(facts: dict[str, Any]) -> str:
     line = f"robust {facts['robust']:.1%} [{low:.0f}, {high:.0f}] of {facts['done']}"
     if not facts.get("broken"):
         return line
-    return f"{line}, wrong in the loop {facts['broken']:.0%}, half of them by it {facts['half_by']}"
+    return f"{line}, {facts['broken']:.0%} broken in the loop, half of those by iteration {facts['half_by']}"

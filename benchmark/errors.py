@@ -1,4 +1,4 @@
-"""Errors that a user can mend: they name the thing, the value and the remedy, and end the program without a trace."""
+"""Errors that a user can mend: they name the thing, the value and the remedy, and end without a traceback."""
 
 
 class UsageError(Exception):

@@ -83,9 +83,9 @@ def check_past(cell: Cell) -> None:
     )
     if other:
         raise UsageError(
-            f"{cell.folder.folder}: of {other} of {len(known)} recorded images the defense says something else: "
-            "something was changed that its fingerprint doesn't see, e.g. a file that it reads: nothing was "
-            "overwritten; choose another --out or delete the folder"
+            f"{cell.folder.folder}: for {other} of {len(known)} recorded images the defense now answers differently, "
+            "though its fingerprint is the same (does it read a file that has changed?): nothing was overwritten; "
+            "choose another --out or delete the folder"
         )
 
 
@@ -124,7 +124,8 @@ def check_defense(cell: Cell) -> None:
         )
     cell.folder.note(warnings=[check.id for check in checks if check.status == "warn"])
     for check in () if cell.settings.quiet else (c for c in checks if c.status == "warn"):
-        print(f"note: {check.id} is {check.value:.2g} (expected {check.threshold}): {check.advice}", file=sys.stderr)
+        value = f"{check.value:.2g}" if isinstance(check.value, float) else check.value
+        print(f"note: {check.id} is {value} (expected {check.threshold}): {check.advice}", file=sys.stderr)
 
 
 def _other(logits: Tensor, stored: np.ndarray) -> bool:

@@ -16,9 +16,9 @@ from benchmark.checks import Check
 from benchmark.files import reading
 
 MEANING = {
-    "A": "nothing recorded is significantly stronger, and the likeliest contradictions were all tried",
-    "B": "nothing recorded is significantly stronger by more than 5 points, but a check warns",
-    "C": "nothing recorded is significantly stronger by more than 5 points, but likely contradictions were not tried",
+    "A": "all likely contradictions were tried, and none is significantly stronger",
+    "B": "none is significantly stronger by more than 5 points, but a check warns",
+    "C": "likely contradictions were not tried",
     "F": "something recorded is significantly stronger by more than 5 points, or an audit failed: no ranking counts it",
 }
 LARGE = ("paper", "standard")
@@ -133,6 +133,7 @@ def _grade(
             [one for one in own if evidence.led(one) is not None],
             f"{STEPS} steps over the whole ball, half of the gradients at least not zero",
             "attack with --attack pgd --view auto",
+            "too short, not of the whole ball, or led by no gradient",
         ),
         Check.of(
             "headline",
@@ -148,6 +149,7 @@ def _grade(
             [one for one in own if _name(one) in LOOKING],
             f"{QUERIES} queries",
             "attack with --attack square, too",
+            "too few queries",
         ),
         _longer(members, searches, STEPS * (4 if run["stochastic"] else 1)),
         Check.of(
@@ -185,14 +187,12 @@ def _correct(records: list[dict[str, Any]], key: str = "adv") -> dict[int, float
     return {r["id"]: float(s) for r, s in zip(records, evidence.shares(records, key), strict=True)}
 
 
-def _met(what: str, whole: Sequence[Any], less: Sequence[dict[str, Any]], expected: str, advice: str) -> Check:
-    """Whether a search of some kind was tried; if not, which of that kind did less than counts."""
+def _met(
+    what: str, whole: Sequence[Any], less: Sequence[dict[str, Any]], expected: str, advice: str, lacking: str
+) -> Check:
+    """Whether a search of some kind was tried; if not, which of that kind did less than counts, and what it lacks."""
     displays = dict.fromkeys(one["names"]["display"] for one in less)
-    value = (
-        ""
-        if whole or not displays
-        else f"too short, not of the whole ball, or led by no gradient: {', '.join(displays)}"
-    )
+    value = "" if whole or not displays else f"{lacking}: {', '.join(displays)}"
     return Check.of(what, bool(whole), value, expected, advice, bad="not run")
 
 

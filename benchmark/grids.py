@@ -55,7 +55,7 @@ def lines(runs: Iterable[dict[str, Any]], beside: Iterable[dict[str, Any]] = ())
 
     Args:
         runs: with their records.
-        beside: further runs that speak in the grades, and are no point.
+        beside: further runs that count in the grades, and are no point.
     """
     runs = [run for run in runs if run["records"]]
     points = list(_points(runs))

@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmark import evidence, stats, wording
 from benchmark.config import slug
+from benchmark.grades import MEANING
 from benchmark.report import Table
 
 ESCAPES = {
@@ -28,6 +29,8 @@ LONG, NOTED = 40, 100
 """Lines that a page holds of rows and of the note below them; letters in a line of the note."""
 WITHHELD = "†"
 """The mark of a number that its grade withholds."""
+DAGGER = f"{WITHHELD} Withheld (grade F): {MEANING['F'].partition(':')[0]}."
+"""What the mark says."""
 PACKAGES = r"% \usepackage{array,booktabs,graphicx,longtable}"
 """What the tables need."""
 
@@ -75,11 +78,7 @@ def latex(table: Table, columns: Sequence[str] = ()) -> str:
             if bold
             else ""
         )
-        told += (
-            " † Something recorded is stronger by more than 5 points."
-            if any(r["grade"] == "F" for r in of.rows)
-            else ""
-        )
+        told += f" {DAGGER}" if any(r["grade"] == "F" for r in of.rows) else ""
         made.append(
             _floating(
                 [escaped(title) for title in head], rows,

@@ -30,7 +30,7 @@ def page(runs: Iterable[dict[str, Any]], beside: Iterable[dict[str, Any]] = ()) 
 
     Args:
         runs: those that are shown.
-        beside: more that speak in the grades.
+        beside: more that count in the grades.
     """
     runs = [run for run in runs if run["records"]]
     chosen: list[evidence.Row] = [(run, run["records"], [run]) for run in runs]

@@ -31,7 +31,7 @@ def figures(
     """Every figure that the runs can make; returns the files written.
 
     - ``clean-robust``: a point per defense with the intervals of both accuracies, and the Pareto front. Faint is what
-      its grade withholds, for something stronger is recorded.
+      its grade F withholds.
     - ``cost``: the same defenses' robust accuracy over their network evaluations and over the seconds an image took.
     - ``attacks``: for each defense that met several attacks on the same images, each attack and the worst case.
     - ``views``, ``seeds``, ``copies``: one attack on one defense, side by side for each that a grid varied.
@@ -45,7 +45,7 @@ def figures(
         runs: with their records.
         folder: where the files go.
         kinds: only figures whose names begin with one of these; all without.
-        beside: runs that speak in the grades, and are nowhere drawn.
+        beside: runs that count in the grades, and are nowhere drawn.
 
     Raises:
         UsageError: if there is nothing to draw.
@@ -289,7 +289,7 @@ def line_style(number: int) -> dict[str, Any]:
 
 
 def _hollow(axes: Any, across: list[float], rows: list[dict[str, Any]], style: dict[str, Any]) -> None:
-    """Empty the markers of what a grade withholds, for something stronger is recorded."""
+    """Empty the markers of what a grade F withholds."""
     withheld = [(x, 100 * r["robust"]) for x, r in zip(across, rows, strict=True) if r["grade"] == "F"]
     if withheld:
         axes.plot(*zip(*withheld, strict=True), **style | {"linestyle": "none"}, markerfacecolor="white", zorder=3)

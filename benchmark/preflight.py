@@ -130,8 +130,8 @@ def preflight(
         if history is None
         else Check.of(
             "stateless", history <= 1e-3 * scale, history, 1e-3 * scale,
-            "an answer depends on what was asked before: keep nothing between calls, or the number is of one order of "
-            "queries, and an attacker who asks in another finds another defense",
+            "an answer depends on what was asked before: keep no state between calls, or the number holds for one "
+            "order of queries alone",
         ),
         Check("row-position", "n/a", "", "", "the noise of a foreign module depends on a row's place")
         if isinstance(defense.purifier, Foreign) and defense.stochastic

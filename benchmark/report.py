@@ -89,7 +89,7 @@ def table(
     the attack with the fewest correct ``select`` draws, judged by *its* verdict draws. Verdict draws choose nothing.
 
     Args:
-        beside: further runs that speak in the grades, and make no row.
+        beside: further runs that count in the grades, and make no row.
 
     Raises:
         UsageError: for an unknown rule.
@@ -106,7 +106,7 @@ def table(
 def assembled(
     chosen: Sequence[evidence.Row], runs: list[dict[str, Any]], rule: str = "mean", graded: list[Grade] | None = None
 ) -> Table:
-    """A table of these rows, each a run or a worst case with the runs behind it; all ``runs`` speak in their grades.
+    """A table of these rows, each a run or a worst case with the runs behind it; all ``runs`` count in their grades.
 
     A grade is the same under every rule; ``graded`` are those of another table of the same rows.
     """

@@ -13,12 +13,13 @@ SHARES = {c for c in COLUMNS if c.startswith(("clean", "robust"))} | {"null_floo
 FACTS = "dataset norm eps budget n draws rule seed protocol precision torch commit".split()
 """The columns of a protocol line."""
 GRADES = (
-    f"Grade: {'; '.join(f'{letter}, {meaning}' for letter, meaning in MEANING.items())}. audit --only grades says what."
+    "A grade judges the evidence for a number, not the defense: "
+    f"{'; '.join(f'{letter}, {meaning}' for letter, meaning in MEANING.items())}. audit --only grades says what."
 )
 """What the letters mean, and where it is said what a row lacks."""
 RANKS = (
-    "Ranks are among rows of one protocol on the same images, each under what it met; rows that a paired test doesn't "
-    "tell from the first of their group share one (sign flips at 5 %, corrected for all pairs)."
+    "Ranks compare rows of one protocol on the same images, each under the attacks it met; rows that a paired test "
+    "doesn't tell from the first of their group share its rank (sign flips at 5 %, corrected for all pairs)."
 )
 
 

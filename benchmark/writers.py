@@ -113,7 +113,7 @@ HEAD = [
 
 
 def _compared(reference: dict[str, Any], table: Sequence[dict[str, Any]], rule: str) -> str:
-    return "\n".join([*grid(HEAD, _cells(table)), "", _paired(reference, table, rule)]) + "\n"
+    return "\n".join([*grid(HEAD, _cells(table)), "", *_paired(reference, table, rule)]) + "\n"
 
 
 def _compared_latex(reference: dict[str, Any], table: Sequence[dict[str, Any]], rule: str) -> str:
@@ -123,7 +123,7 @@ def _compared_latex(reference: dict[str, Any], table: Sequence[dict[str, Any]], 
     label = "paired-with " + " ".join(
         str(one[k]) for k in ("purifier", "classifier", "display", "dataset", "norm", "eps", "budget", "n")
     )
-    return tabular(HEAD, _cells(table), caption, _paired(reference, table, rule), label=label)
+    return tabular(HEAD, _cells(table), caption, " ".join(_paired(reference, table, rule)), label=label)
 
 
 def _cells(table: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -138,18 +138,20 @@ def _cells(table: Sequence[dict[str, Any]]) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def _paired(reference: dict[str, Any], table: Sequence[dict[str, Any]], rule: str) -> str:
-    """What a comparison says below itself."""
+def _paired(reference: dict[str, Any], table: Sequence[dict[str, Any]], rule: str) -> list[str]:
+    """What a comparison says below itself: of the reference, of differences, and of attacks where they differ."""
     one = report.row(reference, reference["records"], rule)
-    note = (
-        f"Reference: {_defense(reference)} under {one['display']}, view {one['view']}; "
-        f"{wording.facts(Table([one]))} Differences to it are paired over the images that both have: intervals "
-        "are normal, with an image not seen either way, p by sign flips, Holm over the rows; detectable is what such a "
-        "test would notice in four of five cases."
-    )
+    notes = [
+        f"Reference: {_defense(reference)} under {one['display']}, view {one['view']}; {wording.facts(Table([one]))}",
+        "Differences to it are paired over the images that both have: intervals are normal, with an image not seen "
+        "either way, p by sign flips, Holm over the rows; detectable is what such a test would notice in four of five "
+        "cases.",
+    ]
     if any(r["display"] != one["display"] for r in table):
-        note += " Where attacks differ, so may their strength: such a difference is theirs as much as the defense's."
-    return note
+        notes.append(
+            "Where attacks differ, so may their strength: such a difference is theirs as much as the defense's."
+        )
+    return notes
 
 
 def _defense(run: dict[str, Any]) -> str:

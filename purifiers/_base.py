@@ -200,7 +200,7 @@ class Defense(nn.Module):
         copies: purified copies per image whose outputs are combined; part of the defense, not of the verdict.
         combine: what is averaged over the copies: "logits", "probabilities" (their log is returned), or "vote"
             (log of the share of votes plus 1/(2 copies) of the mean probability, less than a vote: a tie goes by it,
-            and it alone has a gradient). Of a copy whose logits aren't finite nothing is left of the row.
+            and it alone has a gradient). If any copy's logits aren't finite, the whole row counts as wrong.
 
     Raises:
         ValueError: if ``copies`` is below 1 or ``combine`` is none of the three.

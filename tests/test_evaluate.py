@@ -840,7 +840,7 @@ def test_a_number_on_disk_is_not_given_for_a_defense_that_says_something_else(tm
         evaluate(Defense(Loud(path), TwoLogits()), gaussian(8), **settings)
     path.write_text("1.05")
     if logits:
-        with pytest.raises(UsageError, match="of 8 recorded images the defense says something else"):
+        with pytest.raises(UsageError, match="of 8 recorded images the defense now answers differently"):
             evaluate(Defense(Loud(path), TwoLogits()), gaussian(8), **settings)
 
 

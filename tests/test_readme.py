@@ -87,6 +87,18 @@ def test_a_stale_table_is_noticed_and_made_anew(tmp_path, capsys):
     assert cli.main(["tables", "--check", str(path)]) == cli.DONE
 
 
+def test_a_note_stands_below_the_first_table_that_has_it(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    command = "report results/seeds --no-worst-case --columns purifier,seed,robust"
+    block = f"<!-- table: python -m benchmark {command} -->\n<!-- /table -->\n"
+    first, second = tables.render(f"{block}between\n{block}").split("between\n")
+    (note,) = [line for line in first.splitlines() if line.startswith("Accuracy is")]
+    assert note not in second
+    rows = [line for line in first.splitlines() if line.startswith(("|", "fashion-mnist"))]
+    assert len(rows) > 3 and rows == [line for line in second.splitlines() if line.startswith(("|", "fashion-mnist"))]
+    assert tables.render(block) == first, "another document has it again"
+
+
 @pytest.mark.parametrize(
     ("attacks", "purifiers"), [("pgd", ["identity"]), ("pgd,autoattack", ["vae", "diffpure"])], ids=["one", "both"]
 )

@@ -22,7 +22,7 @@ def needed(arguments: argparse.Namespace) -> Any:
 
 def print_findings(found: Sequence[Any]) -> None:
     """A line per check or finding, and what to do about it."""
-    marks = {"pass": "OK  ", "warn": "WARN", "fail": "FAIL", "n/a": "–   "}
+    marks = {"pass": "OK  ", "warn": "WARN", "fail": "FAIL", "n/a": "–   ", "not run": "–   "}
     for f in found:
         told = getattr(f, "threshold", "") != "" and f.status in ("warn", "fail")
         expected = f" (expected {f.threshold})" if told else ""

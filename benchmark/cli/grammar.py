@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmark",
         description="Clean and robust accuracy of adversarial purification, under attacks on the whole defense.",
         epilog="Example: python -m benchmark run --purifier diffpure --attack autoattack. @FILE stands for the options "
-        "in a file; of one given twice the last counts, but --eps, --where, --beside and --against add up.",
+        "in a file. Of an option given twice the last one wins; --eps, --where, --beside and --against accumulate.",
         fromfile_prefix_chars="@",
     )
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -64,13 +64,18 @@ def parser() -> argparse.ArgumentParser:
 
     _report(commands)
 
-    audit = _command(commands, "audit", "gradients held against each other, attacks against looking only")
+    audit = _command(
+        commands, "audit", "compare gradients, hold white-box against black-box attacks, or explain grades"
+    )
     audit.add_argument("paths", nargs="*", metavar="PATH", help="folders with runs, for black-box; or a saved --json")
     audit.add_argument(
         "--only", choices=AUDITS, help="gradients without folders, else black-box; grades: what a grade rests on"
     )
     audit.add_argument(
-        "--beside", action="append", metavar="FOLDER", help="its runs speak in the grades, and have none; repeatable"
+        "--beside",
+        action="append",
+        metavar="FOLDER",
+        help="its runs are further evidence for the grades, and get none of their own; repeatable",
     )
     _what(audit)
     audit.set_defaults(attack="pgd", n_examples=8, view="exact")
@@ -81,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
         "paths", nargs="*", default=["results/run"], metavar="PATH", help="folders with runs; or a saved --json"
     )
     diagnose.add_argument("--n-examples", type=int, default=32, metavar="N", help="images of each run, at most (32)")
-    diagnose.add_argument("--dataset", metavar="DATASET", help="where it is, of runs on files: parquet:PATH")
+    diagnose.add_argument("--dataset", metavar="DATASET", help="where the images lie, for runs on files: parquet:PATH")
     diagnose.add_argument("--weights", metavar="FOLDER", help="a folder with further cards")
     diagnose.add_argument("--data-dir", metavar="FOLDER", help="where data sets lie")
     diagnose.add_argument("--json", action="store_true", help="one object: a list under runs")
@@ -125,18 +130,22 @@ def parser() -> argparse.ArgumentParser:
     _files(check)
     check.add_argument("--json", action="store_true", help="one object: specs to their checks")
 
-    verify = _command(commands, "verify", "doubt recorded runs: hold them against their own words, and attack again")
+    verify = _command(commands, "verify", "check recorded runs for consistency, and attack their first images again")
     verify.add_argument("paths", nargs="+", metavar="FOLDER", help="runs, or folders with runs")
     verify.add_argument(
-        "--images", type=int, default=32, metavar="N", help="attacked again, from the first; 0: only look (32)"
+        "--images",
+        type=int,
+        default=32,
+        metavar="N",
+        help="attack so many again; 0 checks the records alone (32)",
     )
-    verify.add_argument("--dataset", metavar="DATASET", help="where it is, of runs on files: parquet:PATH")
+    verify.add_argument("--dataset", metavar="DATASET", help="where the images lie, for runs on files: parquet:PATH")
     _device(verify)
     _sources(verify)
     verify.add_argument("--json", action="store_true", help="one object: folders to their checks")
 
-    fetch = _command(commands, "fetch", "bring all that a run needs: data, checkpoints")
-    fetch.add_argument("specs", nargs="*", metavar="SPEC", help="classifiers, e.g. robustbench:Carmon2019Unlabeled")
+    fetch = _command(commands, "fetch", "download all that a run needs: data, checkpoints")
+    fetch.add_argument("specs", nargs="*", metavar="SPEC", help="purifiers, classifiers, e.g. robustbench:Standard")
     _files(fetch)
     fetch.add_argument("--list", action="store_true", help="fetch nothing; print address, path, size and sha256")
 
@@ -147,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--dataset", default="fashion-mnist", help="a data set's spec (fashion-mnist)")
     _device(bench)
     bench.add_argument("--weights", metavar="FOLDER", help="a folder with further cards and checkpoints")
-    bench.add_argument("--batch-size", type=int, default=8, metavar="ROWS", help="held against the floors (8)")
+    bench.add_argument("--batch-size", type=int, default=8, metavar="ROWS", help="rows of each timed call (8)")
     bench.add_argument("--repetitions", type=int, default=2, metavar="N", help="of each measurement (2)")
     bench.add_argument("--compile", action="store_true", help="time compiled networks, too; minutes more")
     bench.add_argument("--out", metavar="FOLDER", help="write Markdown and JSON there, named after the device")
@@ -168,7 +177,7 @@ def parser() -> argparse.ArgumentParser:
     train = _command(commands, "train", "train the weights of a component by its recipe")
     train.add_argument(
         "names", metavar="NAME[,NAME…]",
-        help="recipes, e.g. diffpure, nvae or resnet, or all; of several, those that have weights in --out stand",
+        help="recipes, e.g. diffpure, nvae or resnet, or all; of several, those already trained in --out are skipped",
     )  # fmt: skip
     train.add_argument("--dataset", default="fashion-mnist", help="a name or parquet:FOLDER (fashion-mnist)")
     train.add_argument("--finish", metavar="DATASET", help="what the last steps see, e.g. parquet:FOLDER,only=exact")
@@ -224,16 +233,19 @@ def _report(commands: Any) -> None:
         help="add numbers from papers, set apart (results/published.csv); Markdown only",
     )  # fmt: skip
     how.add_argument(
-        "--beside", action="append", metavar="FOLDER", help="its runs speak in the grades, and make no row; repeatable"
+        "--beside",
+        action="append",
+        metavar="FOLDER",
+        help="its runs are further evidence for the grades, and get no row; repeatable",
     )
     how.add_argument(
         "--where", action="append", metavar="NAME=VALUE",
-        help="rows of these runs only, e.g. eps=8/255; repeatable: either of one name, all of several; the others "
-        "still speak in the grades",
+        help="rows of these runs only, e.g. eps=8/255; repeatable: values of one name are alternatives, several names "
+        "must all hold; runs left out still count in the grades",
     )  # fmt: skip
     how.add_argument("--out", metavar="FOLDER", help="html is written to FOLDER/index.html; figures go here")
-    how.add_argument("--images", type=int, metavar="N", help="images of a gallery (2; of one beside records 8)")
-    how.add_argument("--dataset", metavar="DATASET", help="where it is, for galleries of runs on files: parquet:PATH")
+    how.add_argument("--images", type=int, metavar="N", help="images in a gallery (2 with a FILE, else 8)")
+    how.add_argument("--dataset", metavar="DATASET", help="where the images lie, for galleries of runs on files")
     how.add_argument("--weights", metavar="FOLDER", help="a folder with further cards, for galleries")
     how.add_argument("--data-dir", metavar="FOLDER", help="where data sets lie, for galleries")
 
@@ -268,16 +280,18 @@ def _what(sub: argparse.ArgumentParser) -> None:
         "--eps",
         action="append",
         metavar="RADIUS",
-        help="radius in [0, 1] pixel units, e.g. 16/255 or 0.1,16/255",
+        help="radius, e.g. 16/255 or 0.1,16/255: of Linf and L2 for pixels in [0, 1], of StAdv in half image widths",
     )
     threat.add_argument(
         "--view",
         default="auto",
         metavar="SPECS",
-        help="what is differentiated: exact, bpda, blind, surrogate:gradient=NAME, adjoint, or auto: exact, but for a "
-        "purifier that rounds its first surrogate; with noise=verdict the attacker knows the draws that judge (auto)",
+        help="what is differentiated: exact, bpda, blind, surrogate:gradient=NAME, adjoint, or auto: exact, or, if the "
+        "purifier rounds, its first surrogate; with noise=verdict the attacker knows the draws that judge (auto)",
     )
-    threat.add_argument("--attacker", metavar="SPEC", help="differentiate this purifier instead; the verdict doesn't")
+    threat.add_argument(
+        "--attacker", metavar="SPEC", help="purifier whose gradients are taken; the verdict is the defense's"
+    )
     effort = sub.add_argument_group("effort")
     effort.add_argument("--budget", default="auto", help="quick, standard, paper or auto (auto: by device)")
     effort.add_argument("--n-examples", type=int, metavar="N", help="the first N images of the fixed order")
@@ -317,7 +331,7 @@ def _how(sub: argparse.ArgumentParser) -> None:
 
 
 def _device(group: Any) -> None:
-    group.add_argument("--device", default="auto", help="cpu, cuda or auto (auto)")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (auto)")
 
 
 def _sources(group: Any) -> None:

@@ -59,7 +59,7 @@ def _compact(arguments: argparse.Namespace) -> str:
 
 
 class Runs(NamedTuple):
-    """The runs that make rows; those that only speak in the grades, what was left out among them."""
+    """The runs that make rows; those that only count in the grades, what was left out among them."""
 
     chosen: list[dict[str, Any]]
     beside: list[dict[str, Any]]

@@ -102,7 +102,9 @@ def run(arguments: argparse.Namespace) -> int:
             unfit.append(f"{cell}: {type(error).__name__}: {error}")
             failed = True
     if not runs and unfit:
-        raise (RunError if failed else UsageError)("no cell of this command has a number: see above")
+        raise (RunError if failed else UsageError)(
+            "nothing was measured: each defense and attack failed or doesn't apply, for the reasons above"
+        )
     if whole := [run for run in runs.values() if run["complete"] or not arguments.shard]:
         beside = _beside(arguments.out)
         print(writers.render(report.table(whole, worst_case=True, beside=beside), "md"), end="")
@@ -115,8 +117,8 @@ def run(arguments: argparse.Namespace) -> int:
             )
     if len(whole) < len(runs):
         print(
-            f"{len(runs) - len(whole)} of {len(runs)} cells wait for other shards, and stand in no table yet: status "
-            f"{arguments.out} says how far they are",
+            f"{len(runs) - len(whole)} of {len(runs)} runs still need images from other shards, and are not in the "
+            f"table: status {arguments.out} says how far they are",
             file=sys.stderr,
         )
     print("".join(f"not in the table: {line}\n" for line in unfit) + f"records: {arguments.out}", file=sys.stderr)
