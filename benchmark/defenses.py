@@ -1,35 +1,28 @@
-"""Defenses by name, by grid, or built by hand, and what identifies them."""
+"""Defenses by name or built by hand, and what identifies them."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 import itertools
 import json
 import re
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmark import checkpoints, config, data, registry
+from benchmark import checkpoints, data, registry
 from benchmark.data import Form
 from benchmark.errors import UsageError
 from benchmark.fetch import network
 from benchmark.fingerprint import BOOKKEEPING, fingerprint, stamp
 from benchmark.foreign import Foreign
-from benchmark.grades import EVERYTHING, asked
 from purifiers import Defense, Purifier
-
-if TYPE_CHECKING:
-    from benchmark.cell import Cell
-    from benchmark.settings import Settings
-
 
 BY_HAND = ("purifier", "classifier")
 """What the weights of a defense without specs are filed under: the fingerprints of its two modules."""
@@ -52,10 +45,11 @@ def load(
     with network(not offline):
         form = data.form(dataset, data_dir=data_dir, offline=offline) if isinstance(dataset, str) else dataset
         need = checkpoints.Need(form, norm, (Path(weights),) if weights else (), offline, trust)
-        return _made(checkpoints.Shelf(), purifier, classifier, need, copies, combine)
+        return made(checkpoints.Shelf(), purifier, classifier, need, copies, combine)
 
 
-def _made(shelf: checkpoints.Shelf, purifier: str, classifier: str, need: Any, copies: int, combine: str) -> Defense:
+def made(shelf: checkpoints.Shelf, purifier: str, classifier: str, need: Any, copies: int, combine: str) -> Defense:
+    """A defense of two specs, with networks from a shelf, that knows what it is described by."""
     g, f = shelf.build("purifiers", purifier, need), shelf.build("classifiers", classifier, need)
     try:
         defense = Defense(g.module, f.module, copies=copies, combine=combine)
@@ -183,54 +177,3 @@ def tamed(defense: Defense, x: Tensor) -> Defense:
 def is_foreign(defense: Defense) -> bool:
     """Whether the noise isn't keyed by example."""
     return isinstance(defense.purifier, Foreign)
-
-
-def grid(
-    purifiers: str,
-    classifiers: str,
-    attacks: str,
-    dataset: str,
-    radii: Sequence[str | None],
-    settings: Settings,
-    copies: int = 1,
-    combine: str = "logits",
-    seeds: Sequence[int] = (0,),
-    views: Sequence[str] = ("auto",),
-) -> Iterator[Cell]:
-    """The cells of specs with lists, braces and ``all``, a defense after the other; cells of one share its draws.
-
-    The attacks may be ``graded``, too: for each defense those that its grade asks for.
-    """
-    from benchmark.cell import Cell  # a cell describes its defense with this module
-
-    pool = settings.examples(dataset)
-    roots = (Path(settings.weights),) if settings.weights else ()
-    if combine in ("probabilities", "vote") and copies == 1:
-        raise UsageError(f"--combine {combine} would have no effect on one copy: add --copies N")
-    need = checkpoints.Need(pool.form, settings.norm or "Linf", roots, settings.offline, settings.trust)
-    lists = []
-    for kind, text in (("purifiers", purifiers), ("classifiers", classifiers), ("attacks", attacks)):
-        if text == "all":
-            lists.append(_attacks(settings) if kind == "attacks" else checkpoints.at_hand(kind, need))
-        else:
-            lists.append(list(dict.fromkeys(s for item in registry.expand(text) for s in registry.split(item))))
-        if not lists[-1]:
-            raise UsageError(f"no {kind} are named: --{kind.removesuffix('s')} {text!r}")
-    for p, c in itertools.product(*lists[:2]):
-        defense = _made(settings.shelf, p, c, need, copies, combine)
-        meets = [a for named in lists[2] for a in (_asked(defense, pool, settings) if named == EVERYTHING else [named])]
-        for seed, view, eps, attack in itertools.product(seeds, views, radii, dict.fromkeys(meets)):
-            yield Cell(defense, pool, attack, dataclasses.replace(settings, eps=eps, seed=seed, view=view))
-
-
-def _asked(defense: Defense, pool: data.Dataset, settings: Settings) -> list[str]:
-    """The attacks that a grade asks for of this defense."""
-    stochastic = tamed(defense, pool.images(slice(0, 8))).stochastic
-    return asked(stochastic, config.budget(settings.budget, torch.device(settings.device).type).name)
-
-
-def _attacks(settings: Settings) -> list[str]:
-    """The attacks that "all" names: those that need no argument, under the threat model that was asked for, or Linf."""
-    components: dict[str, Any] = {name: registry.load("attacks", name) for name in registry.names("attacks")}
-    norm = settings.norm or "Linf"
-    return [name for name, a in components.items() if norm in a.norms and not hasattr(a, "argument")]

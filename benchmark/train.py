@@ -41,7 +41,7 @@ def train(
     epochs: int | None = None,
     limit: int | None = None,
     finish: str | None = None,
-    stop_after: int | None = None,
+    stop_steps: int | None = None,
 ) -> Path:
     """Train ``name`` by its recipe and write weights and card to ``out/<data set>/<name>``, with images it draws.
 
@@ -54,7 +54,7 @@ def train(
         limit: train on the first so many images only; the card says so.
         finish: the data set of the last steps, as many as the recipe says, e.g. of better images than most are; the
             card is measured on it.
-        stop_after: leave after so many steps, with the state saved and no card: ``paused`` says what is left.
+        stop_steps: leave after so many steps, with the state saved and no card: ``paused`` says what is left.
 
     Raises:
         UsageError: for an unknown name, if ``out`` holds finished weights already, or an unfinished training of
@@ -62,8 +62,8 @@ def train(
     """
     family = data.form(dataset, data_dir=data_dir).family
     (name,), known = ordered(family, [name]), recipes(family)
-    if any(number is not None and number < 1 for number in (epochs, stop_after)):
-        raise UsageError(f"--epochs and --stop-after are at least 1, got {epochs} and {stop_after}")
+    if any(number is not None and number < 1 for number in (epochs, stop_steps)):
+        raise UsageError(f"--epochs and --stop-steps are at least 1, got {epochs} and {stop_steps}")
     recipe = known[name] if epochs is None else Recipe(**asdict(known[name]) | {"epochs": epochs})
     folder = out / family / name
     if (folder / "card.json").exists():
@@ -89,7 +89,7 @@ def train(
     if recipe.epochs:
         of = json.dumps([asdict(recipe), material.fingerprints, started, _judge(recipe, family, out)], sort_keys=True)
         with sole(folder / ".work.lock", "choose another --out"):
-            skipped = _fit(module, recipe, material, folder / "state.pt", device, aside, of, stop_after)
+            skipped = _fit(module, recipe, material, folder / "state.pt", device, aside, of, stop_steps)
     if skipped is None:
         return folder
     # parts that came trained and weren't moved stay where they are
@@ -278,7 +278,7 @@ def _fit(
     device: str,
     aside: dict[str, Any],
     of: str,
-    stop_after: int | None,
+    stop_steps: int | None,
 ) -> int | None:
     """Minimise the objectives; leaves the averaged weights in ``module``.
 
@@ -318,7 +318,7 @@ def _fit(
         ema.to(device)  # type: ignore[no-untyped-call]
         first, skipped = saved["step"], saved["skipped"]
 
-    end = total if stop_after is None else min(total, first + stop_after)
+    end = total if stop_steps is None else min(total, first + stop_steps)
     began = last_save = time.monotonic()
     progress = tqdm(range(first, end), initial=first, total=total, unit="it", desc=state_file.parent.name)
     progress.mininterval = 0.1 if os.isatty(2) else 30

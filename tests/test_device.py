@@ -187,7 +187,7 @@ def test_a_training_stopped_on_one_device_goes_on_on_another(tmp_path, tiny, bef
         with pretend.device() if device == "cuda" else nullcontext():
             return train("vae", DATASET, tmp_path / folder, epochs=2, limit=64, device=device, **more)
 
-    fitted("stopped", before, stop_after=2)
+    fitted("stopped", before, stop_steps=2)
     stopped = fitted("stopped", after)
     assert training.paused(stopped) is None and (stopped / "samples.png").exists()
     assert weights(stopped) == weights(fitted("whole", "cpu"))

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmark import audit, cli, config, defenses, evidence, grades, registry, report, stats
+from benchmark import audit, cells, cli, config, evidence, grades, registry, report, stats
 from benchmark.compact import compact
 from benchmark.settings import Settings
 from tests.synthetic import made
@@ -401,9 +401,9 @@ def test_no_condition_leaves_out_what_a_defense_met(words, message, capsys):
 def test_the_attacks_called_graded_are_all_that_an_a_asks_for(budget, tmp_path):
     """Each cell as it would run; without one of them the letter is another, but for plain PGD, that others publish."""
     settings = Settings(budget=budget, n=32, out=tmp_path)
-    cells = defenses.grid("identity,vae", "resnet", "graded,pgd", "fashion-mnist", [None], settings)
+    grid = cells.grid("identity,vae", "resnet", "graded,pgd", "fashion-mnist", [None], settings)
     met: dict[str, list[dict]] = {"identity": [], "vae": []}
-    for cell in cells:
+    for cell in grid:
         i, name = cell.identity, cell.names["purifier"]
         met[name].append(
             made(

@@ -147,7 +147,7 @@ def test_a_state_of_another_length_is_refused(tmp_path, tiny, monkeypatch):
 
 @needs_full
 def test_a_state_of_another_recipe_is_refused(tmp_path, tiny):
-    train("vae", DATASET, tmp_path, epochs=1, limit=64, stop_after=1)
+    train("vae", DATASET, tmp_path, epochs=1, limit=64, stop_steps=1)
     text = recipe_book.RECIPES.read_text()
     recipe_book.RECIPES.write_text(text.replace("objective = { sigma_x = 0.1,", "objective = { sigma_x = 0.2,"))
     assert recipe_book.RECIPES.read_text() != text
@@ -160,11 +160,11 @@ def test_a_training_left_early_says_what_is_left_and_goes_on(tmp_path, tiny):
     whole = train("vae", DATASET, tmp_path / "whole", epochs=2, limit=64)
     assert training.paused(whole) is None
     for done in (1, 3):
-        part = train("vae", DATASET, tmp_path / "part", epochs=2, limit=64, stop_after=done - (done > 1))
+        part = train("vae", DATASET, tmp_path / "part", epochs=2, limit=64, stop_steps=done - (done > 1))
         left = training.paused(part)
         assert left and (left["step"], left["total"]) == (done, 4) and left["seconds"] > 0
         assert not (part / "card.json").exists()
-    train("vae", DATASET, tmp_path / "part", epochs=2, limit=64, stop_after=7)  # more than are left
+    train("vae", DATASET, tmp_path / "part", epochs=2, limit=64, stop_steps=7)  # more than are left
     assert training.paused(part) is None and weights(part) == weights(whole)
 
 
@@ -195,7 +195,7 @@ def test_the_last_steps_see_the_finishing_images(tmp_path, tiny, monkeypatch):
     assert (card["data"]["finishing_images"], card["data"]["finishing_steps"]) == (15, 2)
     assert card["measured"]["validation"]["n"] == 1 and card["command"].endswith("--epochs 5")
     for steps in (4, 1):  # the second begins where the last images are already shown
-        train("vae", DATASET, tmp_path / "parts", epochs=5, limit=32, finish=f"parquet:{source}", stop_after=steps)
+        train("vae", DATASET, tmp_path / "parts", epochs=5, limit=32, finish=f"parquet:{source}", stop_steps=steps)
     assert weights(tmp_path / "parts" / DATASET / "vae") == weights(folder)
 
 
@@ -224,7 +224,7 @@ def test_a_missing_split_is_said_before_the_first_step(tmp_path, monkeypatch):
 @needs_full
 def test_weights_to_start_from_that_were_made_anew_are_another_training(tmp_path, tiny):
     train("vae", DATASET, tmp_path, epochs=1, limit=32)
-    train("vae-beta4", DATASET, tmp_path, epochs=2, limit=32, stop_after=1)
+    train("vae-beta4", DATASET, tmp_path, epochs=2, limit=32, stop_steps=1)
     shutil.rmtree(tmp_path / DATASET / "vae")
     train("vae", DATASET, tmp_path, epochs=2, limit=32)
     with pytest.raises(UsageError, match="other weights to start from"):
@@ -233,7 +233,7 @@ def test_weights_to_start_from_that_were_made_anew_are_another_training(tmp_path
 
 @needs_full
 def test_an_unreadable_state_is_said(tmp_path, tiny):
-    train("vae", DATASET, tmp_path, epochs=2, limit=32, stop_after=1)
+    train("vae", DATASET, tmp_path, epochs=2, limit=32, stop_steps=1)
     (tmp_path / DATASET / "vae" / "state.pt").write_bytes(b"torn")
     with pytest.raises(UsageError, match="state.pt can't be read .*; delete it"):
         train("vae", DATASET, tmp_path, epochs=2, limit=32)
@@ -241,7 +241,7 @@ def test_an_unreadable_state_is_said(tmp_path, tiny):
 
 @needs_full
 def test_two_processes_dont_make_the_same_weights(tmp_path, tiny):
-    folder = train("vae", DATASET, tmp_path, epochs=2, limit=32, stop_after=1)
+    folder = train("vae", DATASET, tmp_path, epochs=2, limit=32, stop_steps=1)
     with sole(folder / ".work.lock", ""), pytest.raises(RunError, match="another process .* choose another --out"):
         train("vae", DATASET, tmp_path, epochs=2, limit=32)
     train("vae", DATASET, tmp_path, epochs=2, limit=32)
@@ -341,7 +341,7 @@ def test_recipes_come_behind_what_they_start_from():
         ordered("svhn")
 
 
-@pytest.mark.parametrize("option", ["--epochs", "--stop-after"])
+@pytest.mark.parametrize("option", ["--epochs", "--stop-steps"])
 def test_numbers_below_one_are_refused(tmp_path, capsys, option):
     assert cli.main(["train", "vae", option, "0", "--out", str(tmp_path)]) == cli.USAGE
     assert "are at least 1" in capsys.readouterr().err and not list(tmp_path.rglob("card.json"))
@@ -349,7 +349,7 @@ def test_numbers_below_one_are_refused(tmp_path, capsys, option):
 
 @needs_full
 def test_what_starts_from_an_unfinished_training_waits(tmp_path, tiny, capsys):
-    arguments = ["train", "vae-ae,vae", "--stop-after", "1", "--out", str(tmp_path)]
+    arguments = ["train", "vae-ae,vae", "--stop-steps", "1", "--out", str(tmp_path)]
     assert cli.main(arguments) == cli.INCOMPLETE
     printed = capsys.readouterr()
     assert "stopped after 1 of " in printed.out and "vae-ae waits for vae" in printed.out
@@ -440,7 +440,7 @@ def test_every_recipe_for_a_gpu_trains_resumes_and_builds(tmp_path, monkeypatch)
             continue  # a mixture of more codes than there are images
         options = {"epochs": 1} if known[name].epochs else {}
         if options:
-            folder = train(name, source, tmp_path, limit=40, stop_after=10, **options)
+            folder = train(name, source, tmp_path, limit=40, stop_steps=10, **options)
             left = training.paused(folder)
             assert left and (left["step"], left["total"]) == (10, 20), name
         folder = train(name, source, tmp_path, limit=40, **options)

@@ -182,7 +182,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--dataset", default="fashion-mnist", help="a name or parquet:FOLDER (fashion-mnist)")
     train.add_argument("--finish", metavar="DATASET", help="what the last steps see, e.g. parquet:FOLDER,only=exact")
     train.add_argument(
-        "--stop-after", type=int, metavar="STEPS", help="leave after so many steps, and say how long the whole takes"
+        "--stop-steps", type=int, metavar="N", help="leave after so many steps, and say how long the whole takes"
     )
     train.add_argument("--out", default="weights", metavar="FOLDER", help="written to FOLDER/DATASET/NAME (weights)")
     train.add_argument("--data-dir", metavar="FOLDER", help="where the data set lies or goes")

@@ -40,7 +40,7 @@ def settings_of(arguments: argparse.Namespace) -> Any:
 def cells_of(arguments: argparse.Namespace, settings: Any = None) -> Iterator[Any]:
     """The cells of a command line."""
     from benchmark import registry
-    from benchmark.defenses import grid
+    from benchmark.cells import grid
 
     views = [view for item in registry.expand(arguments.view) for view in registry.split(item)]
     return grid(

@@ -190,7 +190,7 @@ def train(arguments: argparse.Namespace) -> int:
             continue
         folder = train(
             name, arguments.dataset, out, device=device, data_dir=arguments.data_dir, epochs=arguments.epochs,
-            finish=arguments.finish, stop_after=arguments.stop_after,
+            finish=arguments.finish, stop_steps=arguments.stop_steps,
         )  # fmt: skip
         print(folder)
         if left := paused(folder):
