@@ -109,7 +109,7 @@ class Calls:
             ]
             gradients = inputs.new_empty(0)
             if request.gradient:
-                (gradients,) = torch.autograd.grad(torch.cat(losses).sum(), inputs)
+                gradients = slopes_of(torch.cat(losses), inputs)
         first = 0
         for (of, count), t, loss in zip(pieces, taken, losses, strict=True):
             rows = slice(first, first + count)
@@ -117,6 +117,14 @@ class Calls:
             of.receive(logits.detach()[rows], loss.detach()[:count], slopes)
             first += len(t.x)
         self.count = Count(self.count.calls + 1, self.count.rows + self.rows, self.count.real + real)
+
+
+def slopes_of(losses: Tensor, inputs: Tensor) -> Tensor:
+    """The gradient of the summed losses, a row's of its own loss alone; zero where the graph is cut."""
+    if not losses.requires_grad:
+        return torch.zeros_like(inputs)
+    (gradients,) = torch.autograd.grad(losses.sum(), inputs, allow_unused=True, materialize_grads=True)
+    return gradients
 
 
 class Search(NamedTuple):

@@ -210,6 +210,8 @@ def _what(found: dict[str, Any]) -> str:
     """What a component computes; of a variant in what it differs."""
     if found.get("source"):
         return f"{found['component']}: {found['source']}"
+    if found.get("component") == "file":
+        return "a component of one's own"
     return f"{found['component']} with {_difference(found)}" if "differs" in found else found.get("about", "-")
 
 

@@ -22,7 +22,7 @@ from benchmark import checkpoints, config, data, defenses, evidence, memory, reg
 from benchmark.engine import BLOCK, Engine, Incomplete
 from benchmark.environment import environment
 from benchmark.errors import NotApplicableError, RunError, UsageError
-from benchmark.gate import check_defense, check_past, check_shapes
+from benchmark.gate import check_afterwards, check_defense, check_past, check_shapes
 from benchmark.plan import Plan, plan
 from benchmark.repeatable import make_repeatable
 from benchmark.results import Run, read_run
@@ -304,6 +304,8 @@ class Cell:
                 what = f"{which} are recorded in {self.folder.folder}"
                 what = what if self.folder.done() else f"{of} no image among the first {self.n}"
                 print(f"{what}: nothing to compute", file=sys.stderr)
+            if s.name:
+                self.folder.rename()
             return self.folder.finish(self.n if s.shard is None else None)
         check_shapes(self)
         if (caveat := self.attack.caveat(self.drawing)) and not s.quiet:
@@ -319,6 +321,7 @@ class Cell:
                     check_defense(self)
                     Engine(self).run(began)
                     self._note_blank()
+                    check_afterwards(self)
                     return self.folder.finish()
                 except NotApplicable as error:
                     self.folder.discard()

@@ -48,6 +48,8 @@ def grid(
             lists.append(list(dict.fromkeys(s for item in registry.expand(text) for s in registry.split(item))))
         if not lists[-1]:
             raise UsageError(f"no {kind} are named: --{kind.removesuffix('s')} {text!r}")
+    if settings.name and len(lists[0]) > 1:
+        raise UsageError(f"--name {settings.name}: one purifier at a time, got {', '.join(lists[0])}")
     for p, c in itertools.product(*lists[:2]):
         defense = made(settings.shelf, p, c, need, copies, combine)
         one = dataclasses.replace(settings, eps=radii[0])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks import NORMS, VIEWS, Attack, AttackError, Calls, Victim
+from attacks import View as GradientView
 from attacks._calls import Request
 from attacks._gradient import ce, margin
 from attacks._views import Exact
@@ -19,7 +20,7 @@ from benchmark.checks import Check, failures
 from benchmark.data import Dataset
 from benchmark.errors import RunError, UsageError
 from benchmark.plan import plan, stopwatch
-from benchmark.preflight import accuracy_check, correct, integral_check, preflight
+from benchmark.preflight import accuracy_check, climb_check, correct, declared_check, integral_check, preflight
 from benchmark.repeatable import make_repeatable
 from benchmark.views import View
 from purifiers import Defense, Purifier, Tape
@@ -73,8 +74,11 @@ def purifier(spec: str, need: Need, images: Dataset, judge: str | None = None) -
         return checks
     few = slice(0, 8)
     tape = Tape(0, "preflight", images.ids[few]).to(images.device)
-    checks.append(integral_check(defense, view(1), images.images(few), tape, rows=ROWS))
-    return [*checks, _floor(defense, images, named), *_cost(defense, images)]
+    x, y = images.images(few), images.labels[few]
+    checks.append(integral_check(defense, view(1), x, tape, rows=ROWS))
+    checks.append(climb_check(defense, view(1), x, y, tape, NORMS["Linf"](Fraction(8, 255)), rows=ROWS))
+    checks.append(declared_check(defense, x[:4], y[:4], tape[:4]))
+    return [*checks, _floor(defense, images, named), *_cost(defense, view(1), images)]
 
 
 def classifier(spec: str, need: Need, images: Dataset) -> list[Check]:
@@ -106,7 +110,7 @@ def classifier(spec: str, need: Need, images: Dataset) -> list[Check]:
         checks.append(Check("clean-accuracy", "n/a", value, "", ""))
     else:
         checks.append(accuracy_check(defense.classifier, x, y, found.accuracy, rows=ROWS))
-    return checks if failures(checks) else [*checks, *_cost(defense, images)]
+    return checks if failures(checks) else [*checks, *_cost(defense, Exact(keep=1), images)]
 
 
 def attack(spec: str, need: Need, images: Dataset) -> list[Check]:
@@ -224,11 +228,11 @@ def _floor(defense: Defense, images: Dataset, classifier: str | None) -> Check:
     )  # fmt: skip
 
 
-def _cost(defense: Defense, images: Dataset) -> list[Check]:
+def _cost(defense: Defense, view: GradientView, images: Dataset) -> list[Check]:
     """What runs would cost on this machine, from one timed gradient of few rows; ``plan`` times full calls."""
     rows = torch.arange(ROWS) % len(images)
     tape = Tape(0, "attack", torch.arange(ROWS)).to(images.device)
-    ask = Request(defense, Exact(keep=1), images.images(rows), tape, 1, ce, (images.labels[rows],), gradient=True)
+    ask = Request(defense, view, images.images(rows), tape, 1, ce, (images.labels[rows],), gradient=True)
     a_row = stopwatch(Calls(ROWS), ask) / ROWS
     checks = []
     for name in ("quick", "paper"):

@@ -205,6 +205,11 @@ def named(spec: Spec) -> Spec:
 def _remedy(kind: str, name: str, need: Need) -> str:
     """How to come by weights that aren't there."""
     family = need.form.family
+    if name == "file":
+        return (
+            "only shipped components are handed their networks: make yours in __init__ from options alone and load "
+            "its weights there (torch.load); they are part of what identifies it"
+        )
     if name in recipes(family):
         train = f"train them: python -m benchmark train {name} --dataset {family}, then --weights FOLDER"
         compact = f"{name}{COMPACT}"

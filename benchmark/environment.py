@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import platform
+import subprocess
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmark.registry import OWN
+
+ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "diffusers", "pyautoattack", "numpy", "scipy")
 
 
@@ -33,9 +38,25 @@ def environment(device: str, **choices: bool) -> dict[str, Any]:
     }
 
 
+@lru_cache
 def commit() -> str | None:
+    """The commit that was checked out when this process first asked; with a "+" if its code was changed since."""
+    found = _head()
+    return f"{found}+" if found and _changed() else found
+
+
+def _changed() -> bool:
+    """Whether git, where it is at hand, knows of changes in the code."""
+    status = ["git", "-C", str(ROOT), "status", "--porcelain", "--", *OWN]
+    try:
+        return bool(subprocess.run(status, capture_output=True, timeout=30, check=True).stdout)
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
+def _head() -> str | None:
     """The checked-out commit, read from .git without running git."""
-    git = Path(__file__).parent.parent / ".git"
+    git = ROOT / ".git"
     try:
         head = (git / "HEAD").read_text().strip()
         if not head.startswith("ref: "):

@@ -12,9 +12,10 @@ from torch import Tensor
 from attacks import Calls
 from attacks._recompute import ROWS
 from benchmark import data, defenses, registry
+from benchmark.afterwards import afterwards
 from benchmark.checks import failures
 from benchmark.errors import RunError, UsageError
-from benchmark.preflight import accuracy_check, integral_check, preflight
+from benchmark.preflight import accuracy_check, climb_check, declared_check, integral_check, preflight
 from benchmark.repeatable import make_repeatable
 from benchmark.results import logits
 from benchmark.settings import KNOWN
@@ -103,15 +104,22 @@ def check_defense(cell: Cell) -> None:
     # a defense may be another where it takes an image for an attacked one
     near = cell.threat.control(x, Tape(cell.settings.seed, "preflight", ids).to(cell.device).fold("near"))
     checks = [
-        check
+        check if images is x else check._replace(id=f"{check.id}, near the images")
         for images in (x, near)
         for check in preflight(
             cell.defense, view, images, y, ids, seed=cell.settings.seed, rows=32, attacker=cell.attacker
         )
     ]
+    at_x = {check.id for check in checks if check.status in ("fail", "warn")}
+    checks = [check for check in checks if check.id.removesuffix(", near the images") not in at_x or check.id in at_x]
     if view is not None:
         tape = Tape(cell.settings.seed, "preflight", ids).to(cell.device)
         checks.append(integral_check(cell.attacker, cell.view(keep=0), x, tape, rows=ROWS))
+        checks.append(declared_check(cell.attacker, x[:4], y[:4], tape[:4]))
+        some = slice(0, min(ROWS, len(cell.data)))
+        x, y, ids = cell.data.images(some).to(cell.device), cell.data.labels[some].to(cell.device), cell.data.ids[some]
+        tape = Tape(cell.settings.seed, "preflight", ids).to(cell.device).fold("climb")
+        checks.append(climb_check(cell.attacker, cell.view(keep=cell.keep), x, y, tape, cell.threat, rows=cell.rows))
     if (expected := getattr(cell.defense, "accuracy", None)) is not None:
         few = slice(0, min(KNOWN, len(cell.data)))
         x, y = cell.data.images(few).to(cell.device), cell.data.labels[few].to(cell.device)
@@ -126,6 +134,16 @@ def check_defense(cell: Cell) -> None:
     for check in () if cell.settings.quiet else (c for c in checks if c.status == "warn"):
         value = f"{check.value:.2g}" if isinstance(check.value, float) else check.value
         print(f"note: {check.id} is {value} (expected {check.threshold}): {check.advice}", file=sys.stderr)
+
+
+def check_afterwards(cell: Cell) -> None:
+    """Ask the defense again once it was attacked; what it says is noted in the run, whose grade hears it."""
+    if not cell.settings.preflight or not cell.folder.done():
+        return
+    checks = afterwards(cell)
+    cell.folder.note(afterwards=[check._asdict() for check in checks])
+    for check in () if cell.settings.quiet else failures(checks):
+        print(f"note: {check.id}: {check.value}: {check.advice}; its grade is F", file=sys.stderr)
 
 
 def _other(logits: Tensor, stored: np.ndarray) -> bool:

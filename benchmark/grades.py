@@ -65,7 +65,7 @@ def grades(rows: Sequence[evidence.Row], runs: Iterable[dict[str, Any]]) -> list
       times the steps times draws per gradient that the row's and a quick attack take.
     - ``images``: the row is of 32 images or more.
     - ``whole``: all images were attacked, after the preflight, in one environment, under keyed noise.
-    - those of an ``audit.json`` beside the records.
+    - those of ``afterwards``, where a run knows them, and of an ``audit.json`` beside the records.
 
     What counts as tried took ``STEPS`` iterations or ``QUERIES`` queries, on ``IMAGES`` of the row's images or all.
     """
@@ -158,6 +158,7 @@ def _grade(
         *_whole(members),
     ]
     for member in members:
+        checks += [Check(**check) for check in member.get("afterwards", ())]
         checks += _audited(Path(str(member["folder"])) / "audit.json")
     return Grade(letter(checks), checks)
 

@@ -44,7 +44,7 @@ class Plan:
         return self.n * self.nfe * (self.forwards + self.backwards)
 
     def __str__(self) -> str:
-        bound = "about " if self.upper_bound else ""
+        bound = "at most about " if self.upper_bound else ""
         return (
             f"plan: {self.n} images × ({bound}{self.forwards:,} forward + {self.backwards:,} backward draws) × "
             f"{self.nfe} network evaluations = {bound}{self.passes:,} image passes"
@@ -79,6 +79,7 @@ class Price(NamedTuple):
         fits: "fits", "fits with K rows" where memory allows fewer than would be taken, or "doesn't fit".
         graph_bytes: what a gradient at this row count stores.
         disk_bytes: images and logits that are still to be written, before compression.
+        upper_bound: whether images may leave the attack early, which makes it shorter.
     """
 
     rows: int
@@ -89,13 +90,15 @@ class Price(NamedTuple):
     fits: str
     graph_bytes: float
     disk_bytes: int
+    upper_bound: bool = False
 
     def __str__(self) -> str:
         if self.hours is None:
             return f"      doesn't fit: the gradient of 32 rows stores {memory.size(self.graph_bytes)}"
         if self.hours == 0:
             return "      all images are recorded: nothing to compute"
-        parts = [f"about {duration(self.hours)}: {_time(self.forward)} a call of {self.rows} rows"]
+        most = "at most " if self.upper_bound else ""
+        parts = [f"{most}about {duration(self.hours)}: {_time(self.forward)} a call of {self.rows} rows"]
         if self.gradient:
             graphs = {None: "all graphs kept", 0: "every step recomputed"}.get(
                 self.keep, f"graphs of the last {self.keep} stages kept"
@@ -149,7 +152,7 @@ def _price(cell: Cell) -> Price:
     p = cell.plan
     seconds = cell.searched() * ((p.forwards - p.backwards) * forward + p.backwards * gradient) / cell.rows
     graphs = cell.rows * feet.stored(cell.keep)
-    return Price(cell.rows, forward, gradient, seconds / 3600, cell.keep, fits, graphs, disk)
+    return Price(cell.rows, forward, gradient, seconds / 3600, cell.keep, fits, graphs, disk, cell.plan.upper_bound)
 
 
 def total(prices: list[Price], devices: int) -> dict[str, Any]:

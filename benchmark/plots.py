@@ -181,7 +181,7 @@ def _clean_robust(rows: list[dict[str, Any]], title: str, plt: Any) -> Any:
     figure, axes = plt.subplots(figsize=(4.4, 3.4))
     _points(axes, rows, "clean", 100)
     front = [r for r in rows if r["grade"] != "F"]
-    front = [r for r in front if not any(o["clean"] >= r["clean"] and o["robust"] > r["robust"] for o in front)]
+    front = [r for r in front if not any(_dominates(other, r) for other in front)]
     front.sort(key=lambda r: r["clean"])
     axes.plot([100 * r["clean"] for r in front], [100 * r["robust"] for r in front], color="#6b7280", linewidth=1,
               linestyle=":", zorder=0, label="Pareto front")  # fmt: skip
@@ -194,6 +194,12 @@ def _clean_robust(rows: list[dict[str, Any]], title: str, plt: Any) -> Any:
     axes.set(xlabel="clean accuracy (%)", ylabel="robust accuracy (%)", title=title, ylim=(-3, 103))
     _legend(axes)
     return figure
+
+
+def _dominates(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether a defense is at least as good in both accuracies and better in one."""
+    theirs, ours = ((row["clean"], row["robust"]) for row in (other, one))
+    return ours != theirs and ours[0] >= theirs[0] and ours[1] >= theirs[1]
 
 
 def _cost(rows: list[dict[str, Any]], title: str, plt: Any) -> Any:

@@ -9,15 +9,20 @@ import torch
 from scipy.stats import binom
 from torch import Tensor, nn
 
-from attacks._gradient import ce
+from attacks import Calls, ThreatModel
+from attacks._calls import Answer, Request, slopes_of
+from attacks._gradient import ce, margin
 from attacks._views import Exact, View
-from benchmark.checks import Check
+from benchmark import stats
+from benchmark.checks import Check, failures
 from benchmark.foreign import Foreign
 from purifiers import Defense, Tape
 from purifiers._base import call
 
 PAIRS, NODES = 4, 16
 """Pairs of images between which gradients are integrated, and nodes of each integral."""
+FEWEST = 6
+"""Images of which a sign-flip test can say anything at 5 %."""
 
 
 class RepeatedSite(Exception):
@@ -185,7 +190,7 @@ def integral_check(defense: Defense, view: View, x: Tensor, tape: Tape, *, rows:
         along, start = x[b[part]] - x[a[part]], x[a[part]]
         z = (start + t[part].view(-1, 1, 1, 1) * along).requires_grad_()
         held = defense(z, tape[a[part]], view).softmax(1).gather(1, said[a[part], None])
-        slopes.append((_gradient(held, z) * along).flatten(1).sum(1))
+        slopes.append((slopes_of(held, z) * along).flatten(1).sum(1))
     integral = torch.cat(slopes).view(len(pairs), NODES).mean(1)
     change = torch.stack([p[b, said[a]] - p[a, said[a]] for a, b in pairs])
     share = float((integral / change).max())
@@ -194,6 +199,60 @@ def integral_check(defense: Defense, view: View, x: Tensor, tape: Tape, *, rows:
         "the gradient accounts for little of how the defense changes from image to image: something hard decides "
         "beside it (argmax, rounding, sorting, a threshold); attack with square and with --view blind, too, and name "
         "a surrogate for what is hard", bad="warn",
+    )  # fmt: skip
+
+
+def climb_check(
+    defense: Defense, view: View, x: Tensor, y: Tensor, tape: Tape, threat: ThreatModel, *, rows: int
+) -> Check:
+    """Whether a step along the attacker's gradient raises a loss, as an attack takes it: in calls of its size.
+
+    From a random start s, under one draw per image, L(s + step(∇L)) - L(s + step(n)) with n random, steps of a tenth of
+    the radius, and L the margin, which doesn't saturate as cross-entropy does. A gradient that a surrogate made up, or
+    that is another in calls of the attack's size, raises it no more than chance does. Images of which it stands still
+    in both directions say nothing.
+
+    Args:
+        defense: what the attacker differentiates.
+        view: how.
+        x, y: images and their labels.
+        tape: their noise.
+        threat: the ball.
+        rows: of a call.
+    """
+    name, advice = "gradient-climbs", (
+        "a step along the gradient raises the loss no more than a random one: the attack is weaker than its name; "
+        "attack with square, too, and through another --view"
+    )  # fmt: skip
+    calls, code = Calls(rows), threat.random(x, tape.fold("start"))
+
+    def losses(at: Tensor, gradient: bool = False) -> Answer:
+        return calls.ask(Request(defense, view, threat.render(at, x), tape, 1, margin, (y,), gradient))
+
+    found = losses(code, gradient=True)
+    uphill = threat.pullback(found.gradients.nan_to_num(0, 0, 0), code, x)
+    anywhere = tape.normal("anywhere", like=code)
+    gains = [
+        losses(threat.project(code + threat.step(direction, 0.1 * threat.bound), x)).losses - found.losses
+        for direction in (uphill, anywhere)
+    ]
+    up, other = (gain.nan_to_num().double().cpu().numpy()[(gains[0] != gains[1]).cpu().numpy()] for gain in gains)
+    if len(up) < FEWEST:
+        return Check(name, "n/a", "", "", f"it moves of fewer than {FEWEST} images, which tells nothing")
+    p = stats.compare(up, other, one_sided=True).p
+    told = f"margin {up.mean():+.2g} along it, {other.mean():+.2g} at random, p = {p:.2g}"
+    return Check.of(name, p < 0.05, told, "more than at random", advice, bad="warn")
+
+
+def declared_check(defense: Defense, x: Tensor, y: Tensor, tape: Tape) -> Check:
+    """Whether a purifier that says it has no gradient has none: else its author chose the attacker's gradient."""
+    name = "rounds-as-declared"
+    if getattr(defense.purifier, "differentiable", True):
+        return Check(name, "n/a", "", "", "it says that it has a gradient")
+    checks = _gradient_checks(defense, Exact(keep=1), x, y, tape)
+    return Check.of(
+        name, bool(failures(checks)), "", "no gradient, or a wrong one",
+        "it says differentiable = False, but its gradient is right: leave that out, and the attack takes the exact one",
     )  # fmt: skip
 
 
@@ -244,7 +303,7 @@ def _gradient_checks(defense: Defense, view: View, x: Tensor, y: Tensor, tape: T
     """Zero gradients, and the view's gradient against central differences along two directions, in float64."""
     x = generic(x, tape)
     images = x.clone().requires_grad_()
-    gradient = _gradient(ce(defense(images, tape, view), y), images)
+    gradient = slopes_of(ce(defense(images, tape, view), y), images)
     zero = float((gradient.flatten(1).norm(dim=1) == 0).float().mean())
     # places that no image reaches: a median passes over many pixels, but of each image others
     pixels = float((gradient == 0).all(0).float().mean())
@@ -262,9 +321,12 @@ def _gradient_checks(defense: Defense, view: View, x: Tensor, y: Tensor, tape: T
     def loss(module: nn.Module, z: Tensor) -> Tensor:
         return ce(module(z, tape, view), y)
 
+    if zero == 1:
+        return [*checks, Check("finite-differences", "n/a", "", "", "there is no gradient to hold against them")]
     error = finite_difference_error(loss, defense, x.double())
-    if not error <= 1e-2:  # a defense that computes in float32 inside is too coarse for the small step
-        error = min(error, finite_difference_error(loss, defense, x.double(), h=1e-3))
+    # a defense that computes in float32 inside is too coarse for that step, one that bends sharply too fine
+    for h in (1e-3, 1e-7) if not error <= 1e-2 else ():
+        error = min(error, finite_difference_error(loss, defense, x.double(), h=h))
     return [
         *checks,
         Check.of(
@@ -283,24 +345,18 @@ def finite_difference_error(
     """
     module = copy.deepcopy(module).double()
     images = x.clone().requires_grad_()
-    gradient = _gradient(loss(module, images), images)
-    norm = gradient.flatten(1).norm(dim=1).clamp_min(1e-300).view(-1, 1, 1, 1)
+    gradient = slopes_of(loss(module, images), images)
+    norm = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     wave = torch.sin(torch.arange(x[0].numel(), dtype=x.dtype, device=x.device) ** 1.5).view(x[:1].shape)
     worst = 0.0
-    for direction in (gradient / norm, (wave / wave.norm()).expand_as(x)):
+    for direction in (gradient / norm.clamp_min(1e-300), (wave / wave.norm()).expand_as(x)):
         with torch.no_grad():
             slope = (loss(module, x + h * direction) - loss(module, x - h * direction)) / (2 * h)
         along = (gradient * direction).flatten(1).sum(1)
-        worst = max(worst, float(((along - slope).abs() / norm.flatten()).nan_to_num(torch.inf).max()))
+        apart = (along - slope).abs()
+        errors = torch.where(apart == 0, 0, apart / norm.flatten()).nan_to_num(torch.inf, torch.inf)
+        worst = max(worst, float(errors.max()))
     return worst
-
-
-def _gradient(losses: Tensor, images: Tensor) -> Tensor:
-    """The gradient of the summed losses; zero where the graph is cut."""
-    if not losses.requires_grad:
-        return torch.zeros_like(images)
-    (gradient,) = torch.autograd.grad(losses.sum(), images, allow_unused=True, materialize_grads=True)
-    return gradient
 
 
 def _history(defense: Defense, x: Tensor, tape: Tape) -> float | None:

@@ -107,6 +107,11 @@ def ordered(family: str, names: Iterable[str] | None = None) -> list[str]:
     names = known if names is None else names
     left, done = list(dict.fromkeys(names)), list[str]()
     for name in left:
+        if name.startswith("file:"):
+            raise UsageError(
+                f"{name}: recipes are for components that are shipped; train your own as you like, and load its "
+                "weights in __init__: they are part of what identifies it"
+            )
         if name not in known:
             raise UsageError(registry.unknown(f"recipe for {family}", name, sorted(known)))
     while left:

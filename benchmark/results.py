@@ -167,6 +167,13 @@ class Run:
             found = read_json(self.folder / "run.json")
             replace(self.folder / "run.json", json.dumps(found | self.settings, indent=2, sort_keys=True) + "\n")
 
+    def rename(self) -> None:
+        """What the run is called from now on; all else stays as it is."""
+        with self._alone(), writing(self.folder):
+            found = read_json(self.folder / "run.json")
+            found["names"] = self.settings["names"]
+            replace(self.folder / "run.json", json.dumps(found, indent=2, sort_keys=True) + "\n")
+
     def finish(self, n: int | None = None) -> Path:
         """Turn the journals, sorted, into ``records.jsonl`` and gather the logits; both renamed into place.
 

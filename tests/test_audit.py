@@ -75,6 +75,33 @@ def test_a_masked_gradient_is_found_out_by_a_smoother_view(tmp_path):
     assert audit.failed({"gradients": [found]}) and "**fail**" in audit.render({"gradients": [found]})
 
 
+class Steps(Rounds):
+    """Rounds, and offers a way to differentiate it that leads astray."""
+
+    differentiable = False
+    surrogates = ("astray",)
+
+    def start(self, x: Tensor, noise) -> tuple[Tensor, None]:
+        return (64 * x).round() / 64, None
+
+    def surrogate(self, name: str) -> Purifier:
+        return Backwards()
+
+
+class Backwards(Rounds):
+    def start(self, x: Tensor, noise) -> tuple[Tensor, None]:
+        return 1 - x, None
+
+
+def test_a_surrogate_that_leads_astray_is_not_the_strongest_view(tmp_path):
+    """Its exact gradient is zero, which every view beats; what counts is the view that an attack takes by default."""
+    found = audit.gradients(cell(Steps(), tmp_path, view="exact"))
+    statuses = {c["id"]: c["status"] for c in found["checks"]}
+    assert statuses["exact-says-something"] == "fail" and statuses["default-is-strongest"] == "fail"
+    (check,) = [c for c in found["checks"] if c["id"] == "default-is-strongest"]
+    assert "bpda" in check["value"]
+
+
 def test_a_wrong_gradient_fails_the_finite_differences(tmp_path):
     found = audit.gradients(cell(Cut(), tmp_path))
     assert {c["id"]: c["status"] for c in found["checks"]}["finite-differences"] == "fail"

@@ -156,3 +156,18 @@ def test_what_raises_is_a_failed_check_with_its_line(kind, text, file, capsys):
 def test_nothing_to_check_is_bad_usage(capsys):
     assert cli.main(["check"]) == cli.USAGE
     assert "--purifier, --classifier or --attack" in capsys.readouterr().err
+
+
+ROUNDS = GOOD.replace("class Mine(Purifier):", "class Mine(Purifier):\n    differentiable = False").replace(
+    "return x +", "return (32 * x).round() / 32 +"
+)
+
+
+def test_what_rounds_and_says_so_is_attacked_through_the_identity_and_passes(file, capsys):
+    assert cli.main(["check", "--purifier", file(ROUNDS), "--json"]) == cli.DONE
+    (checks,) = json.loads(capsys.readouterr().out).values()
+    found = {c["id"]: c for c in checks}
+    assert found["view"]["value"] == "bpda" and found["rounds-as-declared"]["status"] == "pass"
+    assert found["gradient-climbs"]["status"] == "pass" and "planned-cost" in found
+    assert cli.main(["audit", "--only", "gradients", "--purifier", file(ROUNDS), "--n-examples", "2"]) == cli.FAILED
+    assert "exact-says-something: **fail** (zero)" in capsys.readouterr().out, "and no traceback"

@@ -502,6 +502,23 @@ def test_run_prints_the_table_on_stdout_and_the_plan_on_stderr(run, tmp_path, ca
     assert capsys.readouterr().out == output.out
 
 
+def test_a_purifier_may_have_a_name_in_tables(run, tmp_path, capsys):
+    """Before the run or after it: the run is the same."""
+    assert run() == cli.DONE
+    (before,) = find_runs([tmp_path / "out"])
+    capsys.readouterr()
+    assert run("--name", "Ours") == cli.DONE
+    output = capsys.readouterr()
+    assert "| Ours |" in output.out and "nothing to compute" in output.err
+    (after,) = find_runs([tmp_path / "out"])
+    assert after["names"]["purifier"] == "Ours"
+    assert {k: v for k, v in after.items() if k != "names"} == {k: v for k, v in before.items() if k != "names"}
+    assert cli.main(["report", str(tmp_path / "out"), "--compact", "--format", "latex"]) == cli.DONE
+    assert "Ours" in capsys.readouterr().out
+    assert run("--purifier", "identity,vae", "--name", "Ours") == cli.USAGE
+    assert "--name Ours: one purifier at a time, got identity, vae" in capsys.readouterr().err
+
+
 def test_a_grid_is_every_combination(run, tmp_path):
     assert run("--purifier", "vae:temperature={0,1},identity", "--attack", "pgd:steps=1,apgd:steps=1",
                "--eps", "1/255", "--eps", "2/255", "--n-examples", "1", "--no-preflight") == cli.DONE  # fmt: skip

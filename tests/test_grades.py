@@ -388,7 +388,7 @@ def test_a_figure_and_the_page_show_a_part_with_the_grades_of_all(tmp_path, caps
         (["--where", "eps=1/255"], "there are 0.1, 16/255"),
         (["--where", "attack=pgd"], "attacks can't be left out of a worst case"),
         (["--where", "eps"], "expected NAME=VALUE"),
-        (["--gallery", "--where", "eps=0.1"], "--gallery takes no --where"),
+        (["--compare", "a", "b", "--where", "eps=0.1"], "--compare takes no --where"),
         (["--format", "html", "--where", "attack=pgd"], "attacks can't be left out of a worst case"),
     ],
 )

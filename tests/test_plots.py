@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmark import cli, evidence, registry, report
+from benchmark import cli, evidence, plots, registry, report
 from benchmark.config import slug
 from benchmark.errors import UsageError
 from benchmark.grids import UNSHARED, lines
@@ -216,6 +216,18 @@ def test_what_a_grid_varied_without_a_number_stands_side_by_side(tmp_path):
     shown = {kind: pd.read_csv(tmp_path / f"{kind}-{stem}.csv") for kind in ("views", "seeds", "copies")}
     assert list(shown["views"]["view"]) == ["exact", "bpda", "blind"] and list(shown["seeds"]["seed"]) == [0, 1]
     assert len(shown["copies"]) == 2 and set(shown["views"]["attack"]) == {"pgd"}
+
+
+def test_what_another_dominates_is_on_no_front():
+    def row(clean: float, robust: float) -> dict:
+        return {"clean": clean, "robust": robust}
+
+    one = row(0.9, 0.5)
+    for other, dominated in (
+        (row(0.9, 0.4), True), (row(0.8, 0.5), True), (row(0.8, 0.4), True), (row(0.9, 0.5), False),
+        (row(0.8, 0.6), False), (row(0.95, 0.0), False),
+    ):  # fmt: skip
+        assert plots._dominates(one, other) == dominated, other
 
 
 def test_what_a_grade_withholds_is_on_no_front(tmp_path):

@@ -357,7 +357,7 @@ def test_who_opens_a_shared_run_first_decides_its_rows_for_all(tmp_path, run):
 
 def test_a_shard_without_images_is_none(tmp_path, run, capsys):
     folder = run("empty", n=32, shard="2/2", quiet=False)
-    assert not folder.exists() and "shard 2/2 of 32 are none" in capsys.readouterr().err
+    assert not folder.exists() and "shard 2/2 has no image among the first 32" in capsys.readouterr().err
 
 
 def test_ctrl_c_saves_what_is_under_way(tmp_path, run, monkeypatch):

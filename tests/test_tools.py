@@ -494,7 +494,7 @@ def test_a_cell_that_fails_preflight_stops_no_other(tmp_path, capsys):
                "--offline", "--view", "exact"]  # fmt: skip
     assert cli.main([*command, "--purifier", "jpeg", "--out", str(tmp_path / "one")]) == cli.FAILED
     output = capsys.readouterr()
-    assert output.out == "" and "no cell of this command has a number" in output.err
+    assert output.out == "" and "nothing was measured" in output.err
     assert "zero-gradients" in output.err and "--view surrogate:gradient=" in output.err
     assert not [path for path in tmp_path.rglob("*") if path.name in ("records.jsonl", "journal.jsonl")]
 

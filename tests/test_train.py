@@ -446,3 +446,8 @@ def test_every_recipe_for_a_gpu_trains_resumes_and_builds(tmp_path, monkeypatch)
         folder = train(name, source, tmp_path, limit=40, **options)
         built = checkpoints.build(known[name].kind, name, checkpoints.Need(data.form(LARGE), roots=(tmp_path,)))
         assert all(t.isfinite().all() for t in built.module.state_dict().values() if t.is_floating_point()), name
+
+
+def test_a_file_of_ones_own_has_no_recipe(tmp_path, capsys):
+    assert cli.main(["train", "file:mine.py:Mine", "--out", str(tmp_path)]) == cli.USAGE
+    assert "recipes are for components that are shipped" in capsys.readouterr().err

@@ -316,6 +316,7 @@ def _what(sub: argparse.ArgumentParser) -> None:
 def _how(sub: argparse.ArgumentParser) -> None:
     """The options that say how a run proceeds; plan takes them, too, so that a command can be planned as it stands."""
     how = sub.add_argument_group("progress and safety")
+    how.add_argument("--name", help="what tables and figures call the purifier, of which there is one (its spec)")
     how.add_argument("--stop-after", type=float, metavar="SECONDS", help="stop, save and exit with 75 after so long")
     how.add_argument("--no-preflight", action="store_true", help="skip the checks of the defense; the table says so")
     how.add_argument("--mixed-environment", action="store_true", help="continue a run begun in another environment")

@@ -164,12 +164,12 @@ def _gallery(arguments: argparse.Namespace) -> str:
 def _replays(arguments: argparse.Namespace, count: int, *, exactly: bool = True) -> list[Any]:
     """The first images of the runs below some folders; of shorter runs all, unless ``exactly`` so many are wanted."""
     from benchmark.replay import replay
-    from benchmark.results import find_runs
+    from benchmark.results import find_runs, where
 
     if count < 1:
         raise UsageError(f"at least one image is needed, got {count}")
     weights = [Path(arguments.weights)] if arguments.weights else []
-    runs = find_runs(arguments.paths)
+    runs = where(find_runs(arguments.paths), getattr(arguments, "where", None) or [])
     counts = [count if exactly else min(count, len(run["records"])) for run in runs]
     return [
         replay(run, n, weights=weights, data_dir=arguments.data_dir, dataset=arguments.dataset)
@@ -264,7 +264,7 @@ REPORTS: dict[str, tuple[Callable[[argparse.Namespace], str], tuple[str, ...]]] 
     "compare": (_compare, ("format", "rule")),
     "match": (_match, ("columns", "where")),
     "figures": (_figures, ("out", "beside", "where")),
-    "gallery": (_gallery, ("images", "dataset", "weights", "data_dir")),
+    "gallery": (_gallery, ("images", "dataset", "weights", "data_dir", "where")),
     "bibtex": (_bibtex, ("where",)),
     "table": (_table, ("format", "rule", "worst_case", "columns", "sort", "with_published", "out", "beside", "where")),
 }

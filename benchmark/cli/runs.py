@@ -34,6 +34,7 @@ def settings_of(arguments: argparse.Namespace) -> Any:
         mixed_environment=getattr(arguments, "mixed_environment", False),
         stop_after=getattr(arguments, "stop_after", None), precision=arguments.precision, compile=arguments.compile,
         channels_last=arguments.channels_last, shard=getattr(arguments, "shard", None),
+        name=getattr(arguments, "name", None),
     )  # fmt: skip
 
 
