@@ -26,7 +26,7 @@ class AutoAttack(Ensemble):
     |---|---|
     | standard | APGD-CE, targeted APGD-DLR, targeted FAB, Square |
     | rand | APGD-CE and APGD-DLR, over draws |
-    | plus | APGD-CE and APGD-DLR from five starts each, targeted APGD-DLR, FAB and targeted FAB, Square |
+    | plus | APGD-CE, APGD-DLR (five starts each), targeted APGD-DLR, FAB, targeted FAB, Square |
 
     ``backend="pyautoattack"`` is the package itself, ``"native"`` this code: the draws share a batch, every decision is
     a mean over draws, no image is left out for a lucky draw, and every result is a candidate; it has no FAB, and is

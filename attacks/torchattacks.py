@@ -93,7 +93,7 @@ class TorchAttacks(Attack):
         )
         members = {
             "__init__": __init__, "name": name, "norms": norms, "taken": taken,
-            "__doc__": inspect.cleandoc(attack.__doc__ or "").partition("\n\n")[0],
+            "__doc__": _documented(attack, taken),
             "black_box": name in cls.BLACK_BOX, "restricted": name in cls.MINIMAL,
         }  # fmt: skip
         return type(f"TorchAttacks{name}", (cls,), members)
@@ -168,6 +168,14 @@ class _Unbreakable(nn.Module):
         self.forwards += len(x)
         self.backwards += len(x) if torch.is_grad_enabled() and x.requires_grad else 0
         return x.mean((2, 3)) @ self.weight.T + torch.eye(10)[0].to(x) * 50
+
+
+def _documented(attack: type, taken: dict[str, str]) -> str:
+    """The first words of the package on an attack, and what it says of the parameters, under their names here."""
+    text = inspect.cleandoc(attack.__doc__ or "")
+    said = {there: re.search(rf"^ +{there} ?\(.*?\): *(.+?)(?: *\(Default.*)?$", text, re.M) for there in taken}
+    meanings = "".join(f"    {here}: {found[1].strip()}\n" for there, here in taken.items() if (found := said[there]))
+    return f"{text.partition(chr(10) * 2)[0]}\n\nArgs:\n{meanings}"
 
 
 def _package() -> Any:

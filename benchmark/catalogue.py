@@ -86,6 +86,9 @@ def page(found: dict[str, Any], width: int) -> Iterator[str]:
     yield from textwrap.wrap(head, width, subsequent_indent="  ")
     for paragraph in filter(None, re.split(r"\n\n|\n(?=- )", found["documentation"])):
         yield from [""] * (not paragraph.startswith("- "))
+        if paragraph.startswith("|"):  # a table: its rows as they are
+            yield from paragraph.split("\n")
+            continue
         yield from textwrap.wrap(paragraph, width, subsequent_indent="  " * paragraph.startswith("- "))
     if options := {f"{k}={v}": found["meanings"][k] for k, v in found.get("options", {}).items()}:
         yield from ("", "Options:")
@@ -125,7 +128,8 @@ def _attack(spec: Spec) -> dict[str, Any]:
     attack: Any = registry.load("attacks", spec.name, spec.argument)
     options = _options(attack, spec)
     efforts = {b.name: b.attacks.get(spec.name, b.attacks["pgd"]) for b in config.BUDGETS.values()}
-    efforts = {name: {k: v for k, v in effort.items() if k in options} for name, effort in efforts.items()}
+    follows = options.keys() - spec.options.keys()  # what a spec says is so at every budget
+    efforts = {name: {k: v for k, v in effort.items() if k in follows} for name, effort in efforts.items()}
     found: dict[str, Any] = _named(spec, attack) | {"about": _first(attack)}
     if not hasattr(attack, "argument") or spec.argument:  # what is named by an argument has its own
         found |= {"norms": ", ".join(attack.norms), "black_box": attack.black_box}
@@ -137,7 +141,7 @@ def _component(kind: str, spec: Spec, need: Need) -> dict[str, Any]:
     cards = checkpoints.cards(need.form.family, need.roots)
     card = checkpoints.read_card(cards[spec.name]) if spec.name in cards else {}
     name = card.get("component", spec.name)
-    built = checkpoints.build(kind, spec, need, hollow=True) if kind == "purifiers" else None
+    built = _built(spec, need) if kind == "purifiers" else None
     component: Any = registry.load(kind, name, spec.argument)
     options = _options(component, spec, card.get("options"))
     found = _named(spec, component) | {"about": _first(component), "component": name, "options": options}
@@ -160,6 +164,14 @@ def _component(kind: str, spec: Spec, need: Need) -> dict[str, Any]:
         found |= _abilities(built.module)
         found["dial"] = recipe.get("dial") or found["dial"]  # weights may have another than their component
     return found
+
+
+def _built(spec: Spec, need: Need) -> checkpoints.Component:
+    """A purifier without its weights, or with them where its constructor computes with them."""
+    try:
+        return checkpoints.build("purifiers", spec, need, hollow=True)
+    except RuntimeError:
+        return checkpoints.build("purifiers", spec, need)
 
 
 def _named(spec: Spec, component: Any) -> dict[str, Any]:

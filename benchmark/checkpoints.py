@@ -1,7 +1,8 @@
 """Weights with cards: where they lie, whether they are what the card says, and the components built from them.
 
 ``<root>/<data set>/<name>/card.json`` describes a component: its file, options, and per part a safetensors file with
-its sha256. A part with a ``config.json`` of diffusers is built from that, so a diffusers checkpoint plugs in.
+its sha256. A part with a ``config.json`` of diffusers is built from that, so a diffusers checkpoint plugs in. A part
+with a ``layout`` is a file that others publish: its entry says where, and its sha256, size and revision where known.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmark import registry, zoo
 from benchmark.data import FORMS, Form
@@ -174,8 +175,10 @@ def build(kind: str, text: str | Spec, need: Need, *, hollow: bool = False) -> C
     for part in fresh:
         if path is None:
             raise UsageError(f"no weights for {spec.name} on {family}; {_remedy(kind, spec.name, need)}")
+        entry = card["files"][part]
+        fresh[part] = _configured(path.parent, entry, fresh[part])
         if not hollow:
-            fresh[part], hashes[part] = _load_part(path.parent, part, card["files"][part], fresh[part], need)
+            hashes[part] = _load(path.parent, entry, fresh[part], need)
     try:
         module: nn.Module = component(*fresh.values(), **options)
     except ValueError as error:
@@ -298,8 +301,7 @@ def check_files(card: Path) -> int:
 
 def _checked(folder: Path, entry: dict[str, Any]) -> Path:
     """The file of a card's entry, beside the card or in an installed package, if its sha256 is the card's."""
-    package = entry.get("package")
-    file = _in_package(package, entry["file"]) if package else _beside(folder, entry)
+    package, file = entry.get("package"), _own(folder, entry)
     found = sha256(file) if file.is_file() else "no such file"
     if found != entry["sha256"]:
         if package:
@@ -317,8 +319,10 @@ def _checked(folder: Path, entry: dict[str, Any]) -> Path:
     return file
 
 
-def _beside(folder: Path, entry: dict[str, Any]) -> Path:
-    """The file of a card's entry: in the card's folder, or in that of the card whose part it shares."""
+def _own(folder: Path, entry: dict[str, Any]) -> Path:
+    """The file of a card's entry: in an installed package, the card's folder, or that of the card whose part it is."""
+    if "package" in entry:
+        return _in_package(entry["package"], entry["file"])
     if "of" not in entry:
         return folder / entry["file"]
     near, shipped = (root / entry["of"] / entry["file"] for root in (folder.parent, SHIPPED / folder.parent.name))
@@ -333,36 +337,58 @@ def published(card: dict[str, Any], need: Need) -> list[Remote]:
 def _remote(entry: dict[str, Any], need: Need) -> Remote:
     relative, repository = Path(need.form.family) / entry["file"], entry.get("repository")
     hub = (repository, relative.name) if repository else None
-    return Remote(zoo.place(relative, list(need.roots), hub), zoo.on_hub(*hub) if hub else entry["url"])
+    url = zoo.on_hub(*hub, entry.get("revision", "main")) if hub else entry["url"]
+    return Remote(zoo.place(relative, list(need.roots), hub), url, entry.get("sha256"), entry.get("size"))
 
 
-def _read(file: Path) -> Any:
+def _read(file: Path, trust: bool) -> Any:
     """What a checkpoint holds; of a large one only what is used comes into memory."""
     from safetensors.torch import load_file
 
     if file.suffix == ".safetensors":
         return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    return torch.load(file, map_location="cpu", weights_only=not trust, mmap=zipfile.is_zipfile(file))
 
 
-def _load_part(folder: Path, name: str, entry: dict[str, Any], fresh: nn.Module, need: Need) -> tuple[nn.Module, str]:
-    """A part's network with the weights of a card's entry."""
-    if "layout" in entry:
-        file = obtain(_remote(entry, need), offline=need.offline)
-        with zoo.trusting(need.trust, str(file)):
-            fresh.load_state_dict(LAYOUTS[entry["layout"]](_read(file), fresh))
-        return fresh, sha256(file)
-    file = _checked(folder, entry)
-    state = _read(file)
-    for old, new in entry.get("rename", {}).items():
-        state = {key.replace(old, new): value for key, value in state.items()}
-    config = file.parent / "config.json"
-    if config.is_file() and (class_name := json.loads(config.read_text()).get("_class_name")):
-        import diffusers
+def _configured(folder: Path, entry: dict[str, Any], fresh: nn.Module) -> nn.Module:
+    """A part's network: of the shape that a ``config.json`` of diffusers beside its file gives, where there is one."""
+    if "layout" in entry or not (config := _own(folder, entry).parent / "config.json").is_file():
+        return fresh
+    import diffusers
 
-        fresh = getattr(diffusers, class_name).from_config(json.loads(config.read_text()))
-    fresh.load_state_dict(state)
-    return fresh, entry["sha256"]
+    said = json.loads(config.read_text())
+    if not (name := said.get("_class_name")):
+        return fresh
+    if not hasattr(diffusers, name):
+        raise UsageError(f"{config}: diffusers {diffusers.__version__} has no {name}; install a version that has it")
+    with torch.device(next((p.device for p in fresh.parameters()), "cpu")):
+        return getattr(diffusers, name).from_config(said)
+
+
+def _load(folder: Path, entry: dict[str, Any], net: nn.Module, need: Need) -> str:
+    """Give a part's network the weights of a card's entry; the sha256 of their file."""
+    layout = entry.get("layout")
+    file = obtain(_remote(entry, need), offline=need.offline) if layout else _checked(folder, entry)
+    with zoo.trusting(need.trust, str(file)):
+        state = _read(file, need.trust)
+        if layout:
+            state = _read_as(layout, state, net)
+        for old, new in entry.get("rename", {}).items():
+            state = {key.replace(old, new): value for key, value in state.items()}
+        net.load_state_dict(state)
+    return sha256(file) if layout else entry["sha256"]
+
+
+def _read_as(layout: str, checkpoint: Any, net: nn.Module) -> dict[str, Tensor]:
+    """A checkpoint's weights under the names of the network's own.
+
+    Raises:
+        ValueError: if it isn't of that layout.
+    """
+    try:
+        return LAYOUTS[layout](checkpoint, net)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"it isn't laid out as {layout} does: {type(error).__name__}: {error}") from error
 
 
 def _in_package(package: str, file: str) -> Path:

@@ -159,8 +159,12 @@ def as_it_was(*defenses: Defense) -> Iterator[None]:
             registered.update(before)
         with torch.no_grad():
             for buffer, value in values:
-                if not torch.equal(buffer, value):  # a buffer that repeats its elements can't be written to
+                if torch.equal(buffer, value):
+                    continue
+                if buffer.shape == value.shape and buffer.is_contiguous():
                     buffer.copy_(value)
+                else:  # it was resized, or repeats its elements and can't be written to
+                    buffer.data = value
 
 
 def tamed(defense: Defense, x: Tensor) -> Defense:

@@ -257,10 +257,15 @@ def worst_of(group: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str
 
 
 def led(run: dict[str, Any]) -> float | None:
-    """The share of a run's gradients that led somewhere; None if it took none, or a package took them uncounted."""
-    took = sum(r["backwards"] for r in run["records"])
-    blank = [r.get("blank", 0) for r in run["records"]]
-    return None if not took or None in blank else 1 - sum(blank) / took
+    """The share of a run's gradients that led somewhere, of those that were counted; None if none was."""
+    counted = [(r["backwards"], blank) for r in run["records"] if (blank := r.get("blank", 0)) is not None]
+    took = sum(backwards for backwards, _ in counted)
+    return 1 - sum(blank for _, blank in counted) / took if took else None
+
+
+def uncounted(run: dict[str, Any]) -> bool:
+    """Whether a package took gradients, of which nobody knows where they led."""
+    return any(r["backwards"] and r.get("blank", 0) is None for r in run["records"])
 
 
 def _survival_of(run: dict[str, Any], ids: set[int]) -> float:

@@ -251,7 +251,8 @@ def _searches(run: dict[str, Any]) -> bool:
     far = walked >= eps if step_size else halves or _option(run, "step", 1) >= 1
     walks = steps >= STEPS and far  # as far as the radius, at least
     led = evidence.led(run)
-    return _own(run) and not blind and (led is None or led >= LED) and (walks or _standard(run))
+    leads = evidence.uncounted(run) if led is None else led >= LED
+    return _own(run) and not blind and leads and (walks or _standard(run))
 
 
 def _by_the_book(run: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from benchmark.results import WHERE, conditions, meant
 
 SAME = ("fingerprint", "norm", "eps", "budget", "precision", "protocol")
 """What a row shares with the one that it is held against, beside what ``against`` leaves alone."""
+JUDGED = ("draws", "select", "seed")
+"""What several references of one kind agree on, for the images alone to choose between them."""
 
 
 def comparison(reference: dict[str, Any], others: Iterable[dict[str, Any]], rule: str = "mean") -> list[dict[str, Any]]:
@@ -61,7 +64,8 @@ def against(
     """The headline of each defense beside the one it is held against: (reference, others), a pair per reference.
 
     A headline is the worst case over the attacks that met a defense under one protocol. It is held against the one that
-    is as ``wanted`` says, e.g. purifier=identity, and in all else of ``WHERE`` its like: of one classifier, say.
+    is as ``wanted`` says, e.g. purifier=identity, and in all else of ``WHERE`` its like: of one classifier, say, with
+    the same weights. Rows that have no such like are counted in a note.
 
     Args:
         runs: with their records.
@@ -90,33 +94,53 @@ def against(
     def key(row: dict[str, Any]) -> tuple[Any, ...]:
         identity = row["identity"]
         spelled = {"purifier": registry.completed("purifiers", identity["purifier"])}  # older records name less
-        return tuple(spelled.get(name, identity[name]) for name in free)
+        weights = [(k, v) for k, v in identity["weights"].items() if k.split(".")[0] in free]
+        return *(spelled.get(name, identity[name]) for name in free), *sorted(weights)
 
     by_key: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for reference in references:
         by_key.setdefault(key(reference), []).append(reference)
     held: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {}
+    alone = 0
     for row in rows:
-        if meant(row, asked) or key(row) not in by_key:
+        if meant(row, asked):
             continue
-        near = [((len(_ids(row) & _ids(one)), -len(one["records"])), one) for one in by_key[key(row)]]
-        most = max(shared for shared, _ in near)  # and of these, the one with the fewest others
-        like, *twins = [one for shared, one in near if shared == most]
-        if twins:
-            raise UsageError(
-                f"--against {' '.join(wanted)} means {like['folder']} and {twins[0]['folder']}: name more of "
-                f"{', '.join(WHERE)}, or fewer folders"
-            )
-        if most[0]:
-            held.setdefault(like["folder"], (like, []))[1].append(row)
+        near = [one for one in by_key.get(key(row), []) if _shared(one, row)]
+        if not near:
+            alone += 1
+            continue
+
+        def fit(one: dict[str, Any], row: dict[str, Any] = row) -> tuple[int, int]:
+            return _shared(one, row), -len(one["records"])
+
+        like = max(near, key=fit)  # the most images in common, and the fewest others
+        for twin in near:
+            if twin is not like and (fit(twin) == fit(like) or _kind(twin) != _kind(like)):
+                raise UsageError(
+                    f"--against {' '.join(wanted)} means {like['folder']} and {twin['folder']}: name more of "
+                    f"{', '.join(WHERE)}, or fewer folders"
+                )
+        held.setdefault(like["folder"], (like, []))[1].append(row)
     if not held:
         raise UsageError(f"--against {' '.join(wanted)}: nothing else is recorded that could be held against it")
+    if alone:
+        print(
+            f"note: --against {' '.join(wanted)}: {alone} of {len(rows)} rows have none of the same "
+            f"{', '.join(free)} and weights on any of their images; they aren't in the table",
+            file=sys.stderr,
+        )
     for reference, others in held.values():
         yield reference, sorted(others, key=lambda row: [row["identity"][k] for k in ("classifier", "purifier")])
 
 
-def _ids(row: dict[str, Any]) -> set[int]:
-    return {record["id"] for record in row["records"]}
+def _shared(one: dict[str, Any], other: dict[str, Any]) -> int:
+    """How many images two rows have in common."""
+    return len({r["id"] for r in one["records"]} & {r["id"] for r in other["records"]})
+
+
+def _kind(row: dict[str, Any]) -> tuple[Any, ...]:
+    """A defense with its weights, and how it was judged: rows alike in it differ in images alone."""
+    return evidence.defense(row), *(row["identity"].get(key) for key in JUDGED)
 
 
 def _scores(run: dict[str, Any], ids: set[int], rule: str) -> Any:

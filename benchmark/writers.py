@@ -110,6 +110,11 @@ HEAD = [
     *("difference [95 %]", "p", "p (Holm)", "detectable"),
 ]
 """The columns of a comparison."""
+LABELLED = (
+    *("purifier", "classifier", "display", "dataset", "norm", "eps", "budget", "n"),
+    *("draws", "seed", "precision", "protocol"),
+)
+"""What tells a reference from another."""
 
 
 def _compared(reference: dict[str, Any], table: Sequence[dict[str, Any]], rule: str) -> str:
@@ -120,9 +125,7 @@ def _compared_latex(reference: dict[str, Any], table: Sequence[dict[str, Any]], 
     one = report.row(reference, reference["records"], rule)
     on = f"{wording.dataset(one['dataset'])}, {one['norm']} {one['eps']}"
     caption = f"Robust accuracy on {on}, paired with {_defense(reference)}"
-    label = "paired-with " + " ".join(
-        str(one[k]) for k in ("purifier", "classifier", "display", "dataset", "norm", "eps", "budget", "n")
-    )
+    label = "paired-with " + " ".join(str(one[k]) for k in LABELLED)
     return tabular(HEAD, _cells(table), caption, " ".join(_paired(reference, table, rule)), label=label)
 
 

@@ -50,10 +50,10 @@ def place(relative: Path, roots: list[Path], hub: tuple[str, str] | None = None)
     return near or (hub and _cached(*hub)) or (roots[0] if roots else folders([])[-1]) / relative
 
 
-def on_hub(repository: str, file: str) -> str:
+def on_hub(repository: str, file: str, revision: str = "main") -> str:
     """The address of a file of a hub's repository; HF_ENDPOINT names another hub."""
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    return f"{hub}/{repository}/resolve/main/{file}"
+    return f"{hub}/{repository}/resolve/{revision}/{file}"
 
 
 # --- RobustBench -------------------------------------------------------------------------------------------------

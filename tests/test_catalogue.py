@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 
 import pytest
 
@@ -10,6 +12,7 @@ from benchmark import catalogue, checkpoints, cli, data
 from benchmark.checkpoints import Need
 from benchmark.cli import grammar
 from benchmark.config import BUDGETS
+from benchmark.errors import UsageError
 
 NEED = Need(data.form("fashion-mnist"))
 NAMED = [
@@ -118,6 +121,62 @@ def test_one_is_shown_with_the_values_of_its_spec(tmp_path, capsys):
 def test_what_is_not_there_is_told_with_the_nearest(words, said, capsys):
     assert cli.main(["list", *words]) == cli.USAGE
     assert said in capsys.readouterr().err
+
+
+def test_a_network_of_ones_own_shape_is_counted_as_it_is(tmp_path):
+    """A checkpoint of diffusers with its config plugs in; what ``list`` says of it is of that network."""
+    import diffusers
+
+    shipped = checkpoints.SHIPPED / "fashion-mnist" / "diffpure"
+    card = json.loads((shipped / "card.json").read_text())
+    config = json.loads((shipped / "unet" / "config.json").read_text()) | {"layers_per_block": 2}
+    net = diffusers.UNet2DModel.from_config(config)
+    folder = tmp_path / "fashion-mnist" / "deep"
+    card["files"] = checkpoints.save(folder, {"unet": net})
+    (folder / "card.json").write_text(json.dumps(card))
+    need = Need(NEED.form, roots=(tmp_path,))
+    expected = sum(p.numel() for p in net.parameters())
+    assert catalogue.entry("purifiers", "deep", need)["parameters"] == expected != card["parameters"]
+    assert sum(p.numel() for p in checkpoints.build("purifiers", "deep", need).module.parameters()) == expected
+    config = folder / "unet" / "config.json"
+    config.write_text(config.read_text().replace("UNet2DModel", "UNet9D"))
+    with pytest.raises(UsageError, match=r"diffusers .* has no UNet9D; install a version that has it"):
+        checkpoints.build("purifiers", "deep", need)
+
+
+def test_a_purifier_that_computes_with_its_weights_is_listed_with_them(monkeypatch):
+    kind = type(checkpoints.build("purifiers", "diffpure", NEED).module)
+    begin, sums = kind.__init__, []
+
+    def reading(self, unet, **options):
+        begin(self, unet, **options)
+        sums.append(float(unet.conv_in.weight.sum()))
+
+    reading.__signature__ = inspect.signature(begin)
+    monkeypatch.setattr(kind, "__init__", reading)
+    assert catalogue.entry("purifiers", "diffpure", NEED)["parameters"] == 636004 and len(sums) == 1
+
+
+def test_a_budget_says_what_a_spec_leaves_to_it(capsys):
+    assert cli.main(["list", "attacks", "pgd:steps=5"]) == 0
+    text = capsys.readouterr().out
+    assert "  steps=5 " in text and "budgets: quick eot 4; standard eot 10; paper eot 20" in text
+
+
+def test_an_attack_of_a_package_is_explained_in_its_words(capsys):
+    assert cli.main(["list", "attacks", "torchattacks:mifgsm"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"  decay=1\.0 +momentum factor\.\n", text) and re.search(
+        r"  steps=10 +number of iterations\.\n", text
+    )
+    assert cli.main(["list", "attacks", "autoattack"]) == 0
+    assert "\n| standard | APGD-CE, targeted APGD-DLR, targeted FAB, Square |\n" in capsys.readouterr().out
+
+
+def test_nothing_is_said_of_what_has_no_entries(capsys):
+    assert cli.main(["list", "classifiers", "--dataset", "svhn"]) == 0
+    said = capsys.readouterr()
+    assert "no classifiers with weights for svhn" in said.err and "says all about one" not in said.err
 
 
 def test_a_zoo_is_listed_and_nothing_of_it_is_fetched(capsys):

@@ -219,6 +219,9 @@ def test_options_may_stand_in_a_file(tmp_path, capsys):
     arguments = grammar.parser().parse_args(words)
     assert (arguments.out, arguments.purifier, arguments.attack) == ("results/run#1", "vae", "pgd")
     assert arguments.eps == ["8/255", "0.1"] and arguments.seed != 3, "what may be given several times adds up"
+    table.write_bytes(b"\xef\xbb\xbf--out 'a\\\nb'")  # as Windows begins a file; a backslash in single quotes is one
+    assert grammar.parser().parse_args(["run", f"@{table}"]).out == "a\\\nb"
+    table.write_text("--out results/run#1")
     (tmp_path / "outer.txt").write_text(f"--n-examples 4 @{table}")
     assert grammar.parser().parse_args(["run", f"@{tmp_path / 'outer.txt'}"]).out == "results/run#1"
 

@@ -672,6 +672,8 @@ class Counts(Linear):
         self.register_buffer("counter", torch.zeros(1))
         self.register_buffer("other", torch.zeros(1))
         self.register_buffer("repeated", torch.full((1, 1), 0.5).expand(1, 8))
+        self.register_buffer("unknown", torch.full((1, 1), torch.nan).expand(1, 8))
+        self.register_buffer("seen", torch.zeros(0))
 
     def clean(self, x: Tensor, noise: Noise) -> Tensor:
         self.calls += 1
@@ -679,6 +681,7 @@ class Counts(Linear):
         self.last = x.detach()
         self.counter += 1
         self.other = self.other + self.repeated.sum()
+        self.seen.data = x.new_ones(len(x))  # as lazy buffers are filled
         if not hasattr(self, "late"):
             self.register_buffer("late", torch.ones(1))
         return super().clean(x, noise)
@@ -700,6 +703,7 @@ def test_a_defense_that_counts_its_calls_is_the_same_at_the_next_evaluation(tmp_
     first = evaluate(defense, gaussian(8), n=4, quiet=True, **settings)
     assert (defense.purifier.calls, defense.purifier.log, float(defense.purifier.counter)) == (0, ["begun"], 0)
     assert float(defense.purifier.other) == 0 and defense.purifier.repeated.shape == (1, 8)
+    assert defense.purifier.seen.shape == (0,) and defense.purifier.unknown.isnan().all()
     assert not hasattr(defense.purifier, "last") and not hasattr(defense.purifier, "late"), "given back as it was"
     more = evaluate(defense, gaussian(8), n=8, quiet=True, **settings)
     assert more.folder == first.folder and len(more.records) == 8

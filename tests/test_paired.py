@@ -101,3 +101,33 @@ def test_a_rule_that_records_cannot_tell_is_refused():
         paired.comparison(BARE[0], VAE, "mean-logits")
     (row, _) = paired.comparison(BARE[0], VAE, "majority")
     assert row["difference"] == pytest.approx(0.1)
+
+
+def _of(run: dict, **weights: str) -> dict:
+    """A run as it would be with other weights: in a folder of its own."""
+    identity = run["identity"] | {"weights": run["identity"]["weights"] | weights}
+    return run | {"identity": identity, "folder": f"{run['folder']}-{'-'.join(weights.values())}"}
+
+
+def test_a_reference_has_the_same_weights():
+    """However many images another one shares; a classifier that has been trained anew is another classifier."""
+    old = _of(made(0.9, purifier="identity", draws=1), **{"classifier.net": "old"})
+    new, vae = (
+        _of(run, **{"classifier.net": "new"})
+        for run in (made(0.3, purifier="identity", draws=1, n=20), made(0.5, purifier="vae"))
+    )
+    ((one, others),) = paired.against([old, new, vae], ["purifier=identity"])
+    assert (one["folder"], others[0]["folder"]) == (new["folder"], vae["folder"])
+    with pytest.raises(UsageError, match="nothing else is recorded"):
+        list(paired.against([old, vae], ["purifier=identity"]))
+
+
+def test_images_choose_between_references_of_one_kind_alone(capsys):
+    shifted = made(0.5, purifier="vae", classifier="resnet-at", n=20)
+    shifted["records"] = [record | {"id": record["id"] + 100} for record in shifted["records"]]
+    twenty = made(0.7, purifier="identity", draws=20, n=20)
+    with pytest.raises(UsageError, match=r"means .* and .*-n20-0.7"):
+        list(paired.against([*VAE, *BARE, twenty], ["purifier=identity"]))
+    ((_, others),) = paired.against([*VAE, *BARE, ELSEWHERE[0], shifted], ["purifier=identity"])
+    assert [named(other) for other in others] == [("vae", "resnet")]
+    assert "1 of 4 rows have none of the same classifier" in capsys.readouterr().err

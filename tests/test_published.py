@@ -221,6 +221,9 @@ def test_it_is_fetched_from_where_its_card_says(small, server, tmp_path, monkeyp
         (lambda c: c["model"].pop("module.all_modules.0.bias"), "doesn't fit the network, or is damaged"),
         (lambda c: c["ema"]["shadow_params"].reverse(), "doesn't fit the network, or is damaged"),
         (lambda c: c.pop("ema"), "doesn't fit the network, or is damaged"),
+        (lambda c: c.update(model=list(c["model"].values())), "isn't laid out as score_sde does: AttributeError"),
+        (lambda c: c.update(ema=c["ema"]["shadow_params"]), "isn't laid out as score_sde does: TypeError"),
+        (lambda c: c["ema"].update(shadow_params=None), "isn't laid out as score_sde does: TypeError"),
         (lambda c: c.update(extra=Path("x")), "--trust-checkpoint"),
     ],
 )
@@ -231,3 +234,24 @@ def test_a_checkpoint_that_is_another_is_told(small, tmp_path, spoil, said):
     with pytest.raises(UsageError, match=said) as raised:
         checkpoints.build("purifiers", "diffpure-score-sde", Need(FORM, roots=(tmp_path,), offline=True))
     assert str(path) in str(raised.value)
+
+
+def test_a_trusted_checkpoint_may_hold_more_than_tensors(small, tmp_path):
+    put(tmp_path, "score_sde/checkpoint_8.pth", published.song_checkpoint(small) | {"extra": Path("x")})
+    need = Need(FORM, roots=(tmp_path,), offline=True, trust=True)
+    built = checkpoints.build("purifiers", "diffpure-score-sde", need).module
+    assert built.unet.conv_in.weight.isfinite().all()
+
+
+def test_what_a_card_says_of_a_published_file_is_held_against_it(small, tmp_path, monkeypatch):
+    """Its sha256, if its publisher says it; and of a hub's file the revision that is meant."""
+    card = json.loads((checkpoints.SHIPPED / "cifar10" / "diffpure-ddpm" / "card.json").read_text())
+    card["files"]["unet"] |= {"sha256": 64 * "0", "revision": "267b167"}
+    (tmp_path / "cifar10" / "pinned").mkdir(parents=True)
+    (tmp_path / "cifar10" / "pinned" / "card.json").write_text(json.dumps(card))
+    need = Need(FORM, roots=(tmp_path,), offline=True)
+    (remote,) = checkpoints.remotes("pinned", need)
+    assert "/resolve/267b167/" in remote.url
+    put(tmp_path, card["files"]["unet"]["file"], _published.ddpm((3, 32, 32), (32, 32), 1).state_dict())
+    with pytest.raises(UsageError, match="another file: its sha256 is .*, expected 0000"):
+        checkpoints.build("purifiers", "pinned", need)

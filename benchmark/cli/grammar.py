@@ -32,10 +32,16 @@ class Grammar(argparse.ArgumentParser):
         if path.absolute() in inside:
             self.error(f"{given} names itself")
         try:
-            text = COMMENT.sub(lambda found: (found[1] or "").replace("\\\n", ""), path.read_text(encoding="utf-8"))
+            text = COMMENT.sub(_kept, path.read_text(encoding="utf-8-sig"))
             return [w for word in shlex.split(text) for w in self._words(word, (*inside, path.absolute()))]
         except (OSError, ValueError) as error:
             self.error(f"{given} can't be read: {error}")
+
+
+def _kept(found: re.Match[str]) -> str:
+    """What a shell keeps of what is quoted or escaped, or a comment: no line's end after a backslash, if not quoted."""
+    text = found[1] or ""
+    return text if text.startswith("'") else text.replace("\\\n", "")
 
 
 def parser() -> argparse.ArgumentParser:

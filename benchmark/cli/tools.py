@@ -84,7 +84,8 @@ def listed(arguments: argparse.Namespace) -> int:
         else:
             for line in catalogue.table(kind, entries):
                 print(line if len(line) <= shown else line[: shown - 1] + "…")
-    print(f"list {arguments.kind or 'KIND'} NAME says all about one", file=sys.stderr)
+    if any(kinds.values()):
+        print(f"list {arguments.kind or 'KIND'} NAME says all about one", file=sys.stderr)
     return DONE
 
 
@@ -147,12 +148,12 @@ def fetch(arguments: argparse.Namespace) -> int:
     if arguments.list:
         print("\n".join(map(str, remotes)) or "no file to fetch: all weights named are shipped")
         return DONE
-    # more than the embedded excerpt holds; of a folder no more than that is decoded
-    images = data.load(arguments.dataset, 1_001, data_dir=arguments.data_dir, offline=arguments.offline)
-    print(f"{images.name}: {len(images):,} images or more are at hand")
     for remote in remotes:
         path = obtain(remote, offline=arguments.offline)
         print(f"{path}: sha256 {checkpoints.sha256(path)}, {path.stat().st_size:,} bytes")
+    # more than the embedded excerpt holds; of a folder no more than that is decoded
+    images = data.load(arguments.dataset, 1_001, data_dir=arguments.data_dir, offline=arguments.offline)
+    print(f"{images.name}: {len(images):,} images or more are at hand")
     return DONE
 
 
