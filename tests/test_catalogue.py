@@ -150,7 +150,7 @@ def test_a_purifier_that_computes_with_its_weights_is_listed_with_them(monkeypat
 
     def reading(self, unet, **options):
         begin(self, unet, **options)
-        sums.append(float(unet.conv_in.weight.sum()))
+        sums.append(unet.conv_in.weight.sum().item())
 
     reading.__signature__ = inspect.signature(begin)
     monkeypatch.setattr(kind, "__init__", reading)
