@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -10,6 +9,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+
+from attacks._copies import copied
 
 
 class Precision:
@@ -44,7 +45,7 @@ class Float64(Precision):
 
     def defense(self, defense: nn.Module) -> nn.Module:
         if defense not in self.copies:
-            self.copies[defense] = copy.deepcopy(defense).double()
+            self.copies[defense] = copied(defense).double()
         return self.copies[defense]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from attacks._copies import copied
 from benchmark.errors import UsageError
 from purifiers import Tape
 
@@ -64,12 +64,12 @@ class Alone(Network):
 
     def channels_last(self) -> Network:
         """The same in the other layout."""
-        module = copy.deepcopy(self.module).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module = copied(self.module).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         first = self.inputs[0].contiguous(memory_format=torch.channels_last)
         return Network(module, first, *self.inputs[1:], **self.named)
 
     def compiled(self) -> Network:
         """The same, compiled for this shape."""
-        module = copy.deepcopy(self.module)
+        module = copied(self.module)
         module.compile(dynamic=False)
         return Network(module, *self.inputs, **self.named)

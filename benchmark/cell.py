@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks import NORMS, PRECISIONS, Attack, NotApplicable, ThreatModel
+from attacks._copies import copied
 from attacks._recompute import ROWS, Footprint, footprint
 from benchmark import checkpoints, config, data, defenses, evidence, memory, registry, report
 from benchmark.engine import BLOCK, Engine, Incomplete
@@ -406,7 +406,7 @@ def _laid_out(defense: Defense, settings: Settings, given: Defense, role: str, t
         return defense
     copies, key = LAID_OUT.setdefault(given, {}), (role, settings.compile, settings.channels_last)
     if key not in copies or copies[key][0] != told:
-        made = copy.deepcopy(defense)
+        made = copied(defense)
         if settings.channels_last:
             made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         copies[key] = told, made

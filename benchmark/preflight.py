@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attacks import Calls, ThreatModel
 from attacks._calls import Answer, Request, slopes_of
+from attacks._copies import copied
 from attacks._gradient import ce, margin
 from attacks._views import Exact, View
 from benchmark import stats
@@ -98,6 +99,12 @@ def preflight(
         neighbours[rows // 2 :] = 1 - neighbours[rows // 2 :]
         moved = defense(neighbours, tape[order])[: rows // 2]
         history = _history(defense, images, tape)
+    if history is None:
+        return [Check.of(
+            "copyable", False, "copy.deepcopy refuses the defense", "a copy",
+            "a copy's answers tell whether the defense remembers, and its own in float64 whether a gradient is right: "
+            "hold no lock, open file, generator or graph, or define __deepcopy__",
+        )]  # fmt: skip
     if not logits.isfinite().all():
         return [Check.of("finite-logits", False, "", "all finite", "look for overflow in the defense")]
     probabilities = bool((logits >= 0).all() and (logits <= 1).all())  # of a softmax, scaled or not, or of sigmoids
@@ -131,9 +138,7 @@ def preflight(
             if draws
             else "the same tape gave other logits: draw all randomness from the tape (noise.normal(site, like=x))",
         ),
-        Check("stateless", "n/a", "", "", "it can't be copied")
-        if history is None
-        else Check.of(
+        Check.of(
             "stateless", history <= 1e-3 * scale, history, 1e-3 * scale,
             "an answer depends on what was asked before: keep no state between calls, or the number holds for one "
             "order of queries alone",
@@ -343,7 +348,7 @@ def finite_difference_error(
 
     The directions are the gradient's own and a fixed pseudo-random one, both of length 1.
     """
-    module = copy.deepcopy(module).double()
+    module = copied(module).double()
     images = x.clone().requires_grad_()
     gradient = slopes_of(loss(module, images), images)
     norm = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
@@ -365,7 +370,7 @@ def _history(defense: Defense, x: Tensor, tape: Tape) -> float | None:
     A copy is asked at once, the defense itself after images that neither has seen: mirrored ones.
     """
     try:
-        other = copy.deepcopy(defense)
+        other = copied(defense)
     except Exception:  # what a user's module holds may refuse
         return None
     seen = x.flip(-1)

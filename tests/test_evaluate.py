@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import threading
 from fractions import Fraction
 from pathlib import Path
 
@@ -516,6 +517,36 @@ class Remembers(OneStage):
         return torch.stack(answers) + 0.01 * x - 0.01 * x.detach()
 
 
+class Locked(Identity):
+    """Can't be copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+class KeepsActivations(Linear):
+    """As published modules do, with their graph: in an attribute, in a list; and a weight that each call norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.all: list[Tensor] = []
+        self.scale = nn.utils.weight_norm(nn.Linear(1, 1))
+
+    def clean(self, x: Tensor, noise: Noise) -> Tensor:
+        self.last = 1.0 * x
+        self.all.append(self.last)
+        return super().clean(self.last + 0.0 * self.scale(x[..., :1]), noise)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_a_defense_that_keeps_its_last_activations_is_evaluated(tmp_path):
+    settings = {"attack": "pgd:steps=2", "eps": "1/64", "n": 4, "quiet": True}
+    plain = evaluate(Defense(Linear(), TwoLogits()), gaussian(8), out=tmp_path / "plain", **settings)
+    kept = evaluate(Defense(KeepsActivations(), TwoLogits()), gaussian(8), out=tmp_path / "kept", **settings)
+    assert [r["adv"] for r in kept.records] == [r["adv"] for r in plain.records]
+
+
 class MasksOffClean(OneStage):
     """The identity on the images themselves, and without a gradient anywhere else."""
 
@@ -528,6 +559,7 @@ class MasksOffClean(OneStage):
     ("purifier", "classifier", "check"),
     [
         (Remembers, TwoLogits, "stateless"),
+        (Locked, TwoLogits, "copyable"),
         (MasksOffClean, TwoLogits, "zero-gradients"),
         (Identity, Probabilities, "logits-not-probabilities"),
         (Identity, Infinite, "finite-logits"),
