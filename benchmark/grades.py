@@ -301,7 +301,8 @@ def _moves_nothing(run: dict[str, Any]) -> bool:
 def _standard(run: dict[str, Any]) -> bool:
     """AutoAttack at its own settings, which are no budget's, in the version that is for such a defense."""
     display = run["names"]["display"]
-    return display.startswith("AutoAttack") and ("rand" if run["stochastic"] else "standard") in display
+    version = "rand" if run["stochastic"] else "standard"
+    return _name(run) == "autoattack" and display.startswith("AutoAttack") and version in display
 
 
 def _aside(run: dict[str, Any]) -> str:
