@@ -54,108 +54,61 @@ class Result(NamedTuple):
 class Cell:
     """One cell of a table, ready to run: components, identity, plan and folder."""
 
-    def __init__(self, defense: Defense, source: str | tuple[Any, Any] | data.Dataset, attack: str,
+    def __init__(self, defense: Defense, images: str | tuple[Any, Any] | data.Dataset, attack: str,
                  settings: Settings):  # fmt: skip
         self.settings = s = settings
         self.device = torch.device(s.device)
         chosen = config.budget(s.budget, self.device.type)
-        if s.norm is not None and s.norm not in NORMS:
-            raise UsageError(registry.unknown("norm", s.norm, sorted(NORMS)))
         self.view = View(s.view)
-        if s.precision not in PRECISIONS:
-            raise UsageError(registry.unknown("precision", s.precision, list(PRECISIONS)))
-        try:
-            PRECISIONS[s.precision]().context(self.device.type)
-        except ValueError as error:
-            raise UsageError(f"--precision {s.precision}: {error}") from error
+        _check(s, self.device)
         self.shard = s.part
-        if s.rows is not None and (s.rows < 1 or s.rows % ROWS):
-            raise UsageError(
-                f"--batch-size {s.rows}: take a multiple of 32; with other counts a row's result depends on its place"
-            )
-        self.data = s.examples(source)
+        self.data = s.examples(images)
         self.n = s.images
         described = defenses.describe(defense)
-        try:
-            tame = defenses.tamed(defense.to(self.device), self.data.images(slice(0, 8)).to(self.device))
-        except Exception as error:  # whatever a module raises that is called for the first time
-            raise UsageError(
-                f"the purifier {described['names']['purifier']} raised {registry.raised(error)}"
-            ) from error
         self.told = defenses.told(described)
-        given, defense = defense, _laid_out(tame.to(self.device), s, defense, "", self.told)
-        self.defense = defense
-        self.stochastic = defense.stochastic
+        given, self.defense = defense, self._readied(defense, described["names"]["purifier"])
+        self.stochastic = self.defense.stochastic
         spec = registry.parse(attack)
-        component = registry.load("attacks", spec.name, spec.argument)
+        component: Any = registry.load("attacks", spec.name, spec.argument)
         spec = registry.Spec(spec.name, getattr(component, "name", None) or spec.argument, spec.options)
         self.select = chosen.select if self.stochastic else 1
         self.draws = (chosen.draws if s.draws is None else s.draws) if self.stochastic else 1
         if self.draws < 1:
             raise UsageError(f"--draws {self.draws}: at least one draw is needed")
-        norm = component.norms[0] if s.norm is None else s.norm  # type: ignore[attr-defined]
-        if norm not in component.norms:  # type: ignore[attr-defined]
-            raise UsageError(f"{attack} searches under {' or '.join(component.norms)}, not under {norm}")  # type: ignore
-        eps = config.radius(s.eps, norm, self.data.family)
-        try:
-            self.threat: ThreatModel = NORMS[norm](eps)
-        except ValueError as error:
-            raise UsageError(f"{attack}: {error}") from error
-        if eps > (widest := self.threat.widest(self.data.shape)):
-            raise UsageError(
-                f"--eps {eps}: no two images of shape {self.data.shape} are further apart than {widest:.4g} in {norm}; "
-                f"radii are in [0, 1] pixel units: for {eps} in 255 levels write {eps}/255"
-            )
-        # an attack that transfers names its attacker itself
-        named = registry.resolve(component, spec).get("source")
-        other = named or s.attacker
-        self.attacker, g = defense, None
-        if other:
-            roots = (Path(s.weights),) if s.weights else ()
-            need = checkpoints.Need(self.data.form, norm, roots, s.offline, s.trust)
-            g = s.shelf.build("purifiers", other, need)
-            attacker = Defense(g.module, given.classifier, copies=defense.copies, combine=defense.combine)
-            attacker = defenses.tamed(attacker, self.data.images(slice(0, 8)).to(self.device))
-            self.attacker = _laid_out(attacker.to(self.device), s, given, str(g.spec), f"{self.told} {g.weights}")
-        self.drawing = defense.stochastic or self.attacker.stochastic  # whether draws differ in the attack's loop
-        # who knows the draws that judge averages over all of them
-        eot = self.draws if self.view.foreknown else None
+        self.threat = self._threat(attack, component)
+        source = registry.resolve(component, spec).get("source")  # an attack that transfers names its attacker
+        g = self._other(source or s.attacker)
+        self.attacker = self._attacking(given, g) if g else self.defense
+        self.drawing = self.stochastic or self.attacker.stochastic  # whether draws differ in the attack's loop
+        eot = self.draws if self.view.foreknown else None  # who knows the draws that judge averages over all of them
         options, untouched = config.attack_options(spec, component, chosen, self.drawing, eot)
-        try:
-            self.attack: Attack = component(**options)
-        except ValueError as error:
-            raise UsageError(f"{spec.name}: {error}") from error
-        if useless := sorted(set(spec.options) & set(self.attack.ignored(self.drawing))):
-            raise UsageError(
-                f"{attack}: {', '.join(useless)} would have no effect: {self.attack.display(self.drawing)}"
-            )
-        if self.attack.gradients(self.drawing):
-            self.view = self.view.fitting(self.attacker.purifier)
+        self.attack = self._searching(attack, spec, component, options)
         self.package = self.attack.package(self.drawing)
         if self.view.foreknown and self.package:
             raise UsageError(f"--view {s.view}: {attack} draws its own noise and can't be told the verdict's")
         custom = not untouched or (s.draws is not None and s.draws != chosen.draws)
         # whether the loop sees the defense itself, so that a rule may speak of what it saw
-        self.watched = self.attacker is defense and self.view.spec.name != "blind" and not self.package
+        self.watched = self.attacker is self.defense and self.view.spec.name != "blind" and not self.package
         self.distinct = 0
         if self.stochastic and self.watched:
             self.distinct = eot if self.view.foreknown and eot else self.attack.distinct(True)
+        weights = described["weights"] | {f"attack.{k}": v for k, v in registry.source(spec).items()}
+        if g:
+            weights |= {f"attack{'.source' if source else 'er'}.{k}": v for k, v in g.weights.items()}
+            weights |= {"attack.source": str(g.spec)} if source else {}
         self.identity = config.Identity(
             dataset=self.data.name,
             fingerprint=self.data.fingerprint,
             purifier=described["purifier"],
             classifier=described["classifier"],
-            weights=described["weights"]
-            | {f"attack.{k}": v for k, v in registry.source(spec).items()}
-            | ({f"attack{'.source' if named else 'er'}.{k}": v for k, v in g.weights.items()} if g else {})
-            | ({"attack.source": str(g.spec)} if g and named else {}),
-            copies=defense.copies,
-            combine=defense.combine,
+            weights=weights,
+            copies=self.defense.copies,
+            combine=self.defense.combine,
             attack=str(registry.Spec(spec.name, spec.argument, _named(component, options))),
-            norm=norm,
-            eps=config.eps_text(eps),
+            norm=self.threat.norm,
+            eps=config.eps_text(self.threat.eps),
             view=str(self.view),
-            attacker=str(g.spec) if g and not named else None,
+            attacker=str(g.spec) if g and not source else None,
             budget="custom" if custom else chosen.name,
             select=self.select,
             draws=self.draws,
@@ -163,30 +116,85 @@ class Cell:
             precision=s.precision if self.attack.gradients(self.drawing) and not self.package else "float32",
         )
         self.plan: Plan = plan(
-            self.attack, stochastic=self.drawing, nfe=defense.nfe, n=self.n, select=self.select, draws=self.draws,
+            self.attack, stochastic=self.drawing, nfe=self.defense.nfe, n=self.n, select=self.select, draws=self.draws,
             null=max(self.distinct, self.attack.looks(self.drawing) if self.stochastic else 0),
         )  # fmt: skip
+        shown = self._display({k: options[k] for k in spec.options})
+        names = self.names = described["names"] | {"attack": attack, "display": shown}
+        names |= {"purifier": s.name} if s.name else {}
+        self.folder = Run(
+            Path(s.out), self.identity, names,
+            {"environment": environment(s.device, compile=s.compile, channels_last=s.channels_last),
+             "stochastic": self.stochastic, "nfe": self.defense.nfe,
+             "parameters": sum(p.numel() for p in self.defense.purifier.parameters()),
+             "preflight": s.preflight, "noise": self._noise(),
+             "watched": self.watched},
+            s.shard,
+        )  # fmt: skip
+
+    def _readied(self, given: Defense, name: str) -> Defense:
+        """The defense on its device, with a purifier that obeys tapes, laid out as the settings ask."""
+        try:
+            tame = defenses.tamed(given.to(self.device), self.data.images(slice(0, 8)).to(self.device))
+        except Exception as error:  # whatever a module raises that is called for the first time
+            raise UsageError(f"the purifier {name} raised {registry.raised(error)}") from error
+        return _laid_out(tame.to(self.device), self.settings, given, "", self.told)
+
+    def _threat(self, attack: str, component: Any) -> ThreatModel:
+        """The ball that is searched: of the norm and radius that were asked for, or are usual."""
+        s = self.settings
+        norm = component.norms[0] if s.norm is None else s.norm
+        if norm not in component.norms:
+            raise UsageError(f"{attack} searches under {' or '.join(component.norms)}, not under {norm}")
+        eps = config.radius(s.eps, norm, self.data.family)
+        try:
+            threat = NORMS[norm](eps)
+        except ValueError as error:
+            raise UsageError(f"{attack}: {error}") from error
+        if eps > (widest := threat.widest(self.data.shape)):
+            raise UsageError(
+                f"--eps {eps}: no two images of shape {self.data.shape} are further apart than {widest:.4g} in {norm}; "
+                f"radii are in [0, 1] pixel units: for {eps} in 255 levels write {eps}/255"
+            )
+        return threat
+
+    def _other(self, purifier: str | None) -> checkpoints.Component | None:
+        """The purifier that the attacker differentiates in place of the defense's own, if one is named."""
+        s = self.settings
+        roots = (Path(s.weights),) if s.weights else ()
+        need = checkpoints.Need(self.data.form, self.threat.norm, roots, s.offline, s.trust)
+        return s.shelf.build("purifiers", purifier, need) if purifier else None
+
+    def _attacking(self, given: Defense, other: checkpoints.Component) -> Defense:
+        """What the attacker differentiates: another purifier before the defense's classifier."""
+        own = self.defense
+        attacker = Defense(other.module, given.classifier, copies=own.copies, combine=own.combine)
+        attacker = defenses.tamed(attacker, self.data.images(slice(0, 8)).to(self.device))
+        told = f"{self.told} {other.weights}"
+        return _laid_out(attacker.to(self.device), self.settings, given, str(other.spec), told)
+
+    def _searching(self, text: str, spec: registry.Spec, component: Any, options: dict[str, Any]) -> Attack:
+        """The attack; one that takes a gradient makes the view one that fits the attacker."""
+        try:
+            attack: Attack = component(**options)
+        except ValueError as error:
+            raise UsageError(f"{spec.name}: {error}") from error
+        if useless := sorted(set(spec.options) & set(attack.ignored(self.drawing))):
+            raise UsageError(f"{text}: {', '.join(useless)} would have no effect: {attack.display(self.drawing)}")
+        if attack.gradients(self.drawing):
+            self.view = self.view.fitting(self.attacker.purifier)
+        return attack
+
+    def _display(self, told: dict[str, Any]) -> str:
+        """The attack's full name: with the options that were told and it doesn't show, and what else isn't usual."""
         display = self.attack.display(self.drawing)
-        hidden = {k: options[k] for k in spec.options if k not in self.attack.shown}
-        if hidden:
+        if hidden := {k: v for k, v in told.items() if k not in self.attack.shown}:
             display += f" [{', '.join(f'{k}={registry.show(v)}' for k, v in hidden.items())}]"
         if self.package:
             display = display.replace(self.package, f"{self.package} {version(self.package)}")
         if self.identity.precision != "float32":
             display += f" [gradients in {self.identity.precision}]"
-        if self.view.foreknown:
-            display += " [knows the verdict's draws]"
-        names = self.names = described["names"] | {"attack": attack, "display": display}
-        names |= {"purifier": s.name} if s.name else {}
-        self.folder = Run(
-            Path(s.out), self.identity, names,
-            {"environment": environment(s.device, compile=s.compile, channels_last=s.channels_last),
-             "stochastic": self.stochastic, "nfe": defense.nfe,
-             "parameters": sum(p.numel() for p in defense.purifier.parameters()),
-             "preflight": s.preflight, "noise": self._noise(),
-             "watched": self.watched},
-            s.shard,
-        )  # fmt: skip
+        return display + " [knows the verdict's draws]" * self.view.foreknown
 
     def _noise(self) -> str:
         """How far the noise is decided by seed and image: keyed, by a package's calls, or by the place in a batch."""
@@ -393,6 +401,27 @@ def _named(component: Any, options: dict[str, Any]) -> dict[str, Any]:
 LAID_OUT: WeakKeyDictionary[Defense, dict[tuple, tuple[str, Defense]]] = WeakKeyDictionary()
 """By the caller's defense, copies that are compiled or have channels last, and what they were made of: the caller's own
 stays as it is."""
+
+
+def _check(settings: Settings, device: torch.device) -> None:
+    """Whether a run of such settings makes sense, whatever is attacked.
+
+    Raises:
+        UsageError: for a norm or precision that isn't one, or not on this device; for rows of no whole groups.
+    """
+    if settings.norm is not None and settings.norm not in NORMS:
+        raise UsageError(registry.unknown("norm", settings.norm, sorted(NORMS)))
+    if settings.precision not in PRECISIONS:
+        raise UsageError(registry.unknown("precision", settings.precision, list(PRECISIONS)))
+    try:
+        PRECISIONS[settings.precision]().context(device.type)
+    except ValueError as error:
+        raise UsageError(f"--precision {settings.precision}: {error}") from error
+    if settings.rows is not None and (settings.rows < 1 or settings.rows % ROWS):
+        raise UsageError(
+            f"--batch-size {settings.rows}: take a multiple of 32; with other counts a row's result depends on its "
+            "place"
+        )
 
 
 def _laid_out(defense: Defense, settings: Settings, given: Defense, role: str, told: str) -> Defense:
