@@ -75,11 +75,17 @@ def evaluate(
     from benchmark import defenses, registry  # heavy: torch
     from benchmark.cell import Cell
     from benchmark.errors import UsageError
+    from benchmark.grades import EVERYTHING
     from benchmark.settings import Settings
 
     known = [field.name for field in fields(Settings)]
     if wrong := [key for key in settings if key not in known]:
         raise UsageError(registry.unknown("setting", wrong[0], known))
+    if attack == EVERYTHING:
+        raise UsageError(
+            f"attack={attack!r} stands for several: evaluate each of benchmark.grades.asked(stochastic, budget) with "
+            "the same out, and python -m benchmark report OUT shows them together"
+        )
     if not isinstance(attack, str) or len(registry.split(attack)) > 1:
         raise UsageError(
             f"attack={attack!r}: one spec at a time; evaluate each with the same out, and python -m benchmark report "

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attacks import Calls
+from attacks import PRECISIONS, Calls
 from attacks._calls import Request
 from attacks._gradient import ce
 from attacks._recompute import ROWS
 from benchmark import evidence, stats
 from benchmark.checks import Check
-from benchmark.grades import LEVEL, MARGIN
+from benchmark.grades import MARGIN
 from benchmark.verdict import classes
 from purifiers import Tape
 
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 LOOKS = 4
 """Draws that the attacker takes of an image again."""
+DOUBT = 1e-3
+"""The level of these tests. Who lies is far below it; at 0.025 one honest defense in twenty that draws would fail by
+chance in one of its runs, and in the same at every repetition."""
+FEWEST = 10
+"""Images that can tell at that level: 2^-10 is below it."""
 
 
 def afterwards(cell: Cell) -> list[Check]:
@@ -33,7 +38,7 @@ def afterwards(cell: Cell) -> list[Check]:
     - ``attacker-hears-the-verdict``: fresh draws as the attack has them, with gradients where it takes them. A defense
       that tells the attacker from the judge is wrong for one and right for the other.
 
-    Either fails where the verdict, paired over images, was better by more than 5 points and not by chance.
+    Either fails where the verdict, paired over images, was better by more than 5 points and not by chance (``DOUBT``).
     """
     done, ids = cell.folder.done(), cell.data.ids.tolist()
     rows = [p for p in range(cell.n) if ids[p] in done][: 2 * ROWS]
@@ -48,8 +53,12 @@ def _again(cell: Cell, x_adv: Tensor, y: Tensor, rows: list[int], heard: np.ndar
     """The verdict's draws, backwards."""
     order = torch.arange(len(rows) - 1, -1, -1)
     tape = Tape(cell.settings.seed, "verdict", cell.data.ids[rows][order]).to(cell.device)
-    calls = Calls(ROWS if cell.rows > ROWS else 2 * ROWS)
-    share = _share(calls, Request(cell.defense, None, x_adv[order], tape, cell.draws), y[order])[order.numpy()]
+    request = Request(cell.defense, None, x_adv[order], tape, cell.draws)
+    try:
+        share = _share(Calls(ROWS if cell.rows > ROWS else 2 * ROWS), request, y[order])
+    except torch.cuda.OutOfMemoryError:  # of 32 rows, and twice as many don't fit
+        share = _share(Calls(ROWS), request, y[order])
+    share = share[order.numpy()]
     return _same(
         "verdict-again", share, heard,
         "it answers otherwise in another order, or in calls of another size: keep no state between calls, and let no "
@@ -66,8 +75,9 @@ def _as_attacker(cell: Cell, x_adv: Tensor, y: Tensor, rows: list[int], heard: n
     gradient = cell.attack.gradients(cell.drawing) > 0
     view, draws = cell.view(keep=cell.keep) if gradient else None, LOOKS if cell.stochastic else 1
     request = Request(cell.defense, view, x_adv, tape, draws, ce if gradient else None, (y,) * gradient, gradient)
+    calls = Calls(cell.rows, PRECISIONS[cell.identity.precision]())
     return _same(
-        name, _share(Calls(cell.rows), request, y), heard,
+        name, _share(calls, request, y), heard,
         "it is right for the judge where it is wrong for the attacker: the search climbed another defense than the one "
         "that was judged",
     )  # fmt: skip
@@ -80,7 +90,9 @@ def _share(calls: Calls, request: Request, y: Tensor) -> np.ndarray:
 
 
 def _same(name: str, share: np.ndarray, heard: np.ndarray, advice: str) -> Check:
+    if len(heard) < FEWEST:
+        return Check(name, "n/a", "", "", f"fewer than {FEWEST} images can't tell")
     better = stats.compare(heard, share, one_sided=True)
     told = f"{100 * share.mean():.1f} % right, {100 * heard.mean():.1f} % in the verdict, of {len(heard)} images"
-    flattered = better.difference > MARGIN and better.p < LEVEL
+    flattered = better.difference > MARGIN and better.p < DOUBT
     return Check.of(name, not flattered, told, "no fewer than in the verdict", advice)

@@ -128,7 +128,7 @@ class Cell:
              "stochastic": self.stochastic, "nfe": self.defense.nfe,
              "parameters": sum(p.numel() for p in self.defense.purifier.parameters()),
              "preflight": s.preflight, "noise": self._noise(),
-             "watched": self.watched},
+             "watched": self.watched} | ({"afterwards": None} if s.preflight else {}),
             s.shard,
         )  # fmt: skip
 
@@ -313,7 +313,11 @@ class Cell:
                 what = what if self.folder.done() else f"{of} no image among the first {self.n}"
                 print(f"{what}: nothing to compute", file=sys.stderr)
             if s.name:
-                self.folder.rename()
+                self.folder.rename(s.name)
+            if s.preflight and self.folder.pending():
+                self.prepare()
+                with self.folder.at_work():
+                    check_afterwards(self)
             return self.folder.finish(self.n if s.shard is None else None)
         check_shapes(self)
         if (caveat := self.attack.caveat(self.drawing)) and not s.quiet:

@@ -61,8 +61,8 @@ def grid(
 def _asked(defense: Defense, pool: data.Dataset, settings: Settings) -> list[str]:
     """The attacks that a grade asks for of this defense, under the threat model that was asked for, or Linf."""
     stochastic = Cell(defense, pool, "pgd", settings).stochastic
-    named = asked(stochastic, config.budget(settings.budget, torch.device(settings.device).type).name)
-    return [attack for attack in named if _searches(registry.parse(attack).name, settings)]
+    budget = config.budget(settings.budget, torch.device(settings.device).type).name
+    return asked(stochastic, budget, settings.norm or "Linf")
 
 
 def _attacks(settings: Settings) -> list[str]:

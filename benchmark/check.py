@@ -76,8 +76,10 @@ def purifier(spec: str, need: Need, images: Dataset, judge: str | None = None) -
     tape = Tape(0, "preflight", images.ids[few]).to(images.device)
     x, y = images.images(few), images.labels[few]
     checks.append(integral_check(defense, view(1), x, tape, rows=ROWS))
-    checks.append(climb_check(defense, view(1), x, y, tape, NORMS["Linf"](Fraction(8, 255)), rows=ROWS))
     checks.append(declared_check(defense, x[:4], y[:4], tape[:4]))
+    some, threat = slice(0, min(ROWS, len(images))), NORMS["Linf"](Fraction(8, 255))
+    tape = Tape(0, "preflight", images.ids[some]).to(images.device).fold("climb")
+    checks.append(climb_check(defense, view(1), images.images(some), images.labels[some], tape, threat, Calls(ROWS)))
     return [*checks, _floor(defense, images, named), *_cost(defense, view(1), images)]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attacks import Calls
+from attacks import PRECISIONS, Calls
 from attacks._recompute import ROWS
 from benchmark import data, defenses, registry
 from benchmark.afterwards import afterwards
@@ -24,6 +24,10 @@ from purifiers import Tape
 
 if TYPE_CHECKING:
     from benchmark.cell import Cell
+
+
+NEAR = ", near the images"
+"""What is said of a check that isn't of the images themselves."""
 
 
 def check_shapes(cell: Cell) -> None:
@@ -104,14 +108,14 @@ def check_defense(cell: Cell) -> None:
     # a defense may be another where it takes an image for an attacked one
     near = cell.threat.control(x, Tape(cell.settings.seed, "preflight", ids).to(cell.device).fold("near"))
     checks = [
-        check if images is x else check._replace(id=f"{check.id}, near the images")
+        check if images is x else check._replace(id=f"{check.id}{NEAR}")
         for images in (x, near)
         for check in preflight(
             cell.defense, view, images, y, ids, seed=cell.settings.seed, rows=32, attacker=cell.attacker
         )
     ]
-    at_x = {check.id for check in checks if check.status in ("fail", "warn")}
-    checks = [check for check in checks if check.id.removesuffix(", near the images") not in at_x or check.id in at_x]
+    told = {check.id for check in checks if check.status in ("fail", "warn")}  # what fails at both is said once
+    checks = [check for check in checks if (at := check.id.removesuffix(NEAR)) == check.id or at not in told]
     if view is not None:
         tape = Tape(cell.settings.seed, "preflight", ids).to(cell.device)
         checks.append(integral_check(cell.attacker, cell.view(keep=0), x, tape, rows=ROWS))
@@ -119,7 +123,8 @@ def check_defense(cell: Cell) -> None:
         some = slice(0, min(ROWS, len(cell.data)))
         x, y, ids = cell.data.images(some).to(cell.device), cell.data.labels[some].to(cell.device), cell.data.ids[some]
         tape = Tape(cell.settings.seed, "preflight", ids).to(cell.device).fold("climb")
-        checks.append(climb_check(cell.attacker, cell.view(keep=cell.keep), x, y, tape, cell.threat, rows=cell.rows))
+        calls = Calls(cell.rows, PRECISIONS[cell.identity.precision]())
+        checks.append(climb_check(cell.attacker, cell.view(keep=cell.keep), x, y, tape, cell.threat, calls))
     if (expected := getattr(cell.defense, "accuracy", None)) is not None:
         few = slice(0, min(KNOWN, len(cell.data)))
         x, y = cell.data.images(few).to(cell.device), cell.data.labels[few].to(cell.device)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attacks.pgd import WALKED
-from benchmark import evidence, registry, stats
+from benchmark import config, evidence, registry, stats
 from benchmark.checks import Check
 from benchmark.files import reading
 
@@ -59,13 +59,14 @@ def grades(rows: Sequence[evidence.Row], runs: Iterable[dict[str, Any]]) -> list
       case is made of is.
     - ``gradients``: a search of the whole ball by gradients of the defense itself is among them.
     - ``headline``: PGD and AutoAttack are, on losses and in the version that are for such a defense; of a
-      deterministic one AutoAttack.
+      deterministic one AutoAttack; PGD alone under a norm that AutoAttack doesn't know.
     - ``looking``: a search that needs no gradient is; AutoAttack's standard version has one.
-    - ``longer``: one of the row's attacks, or of the others, is of more than the quick budget, or takes ``EFFORT``
-      times the steps times draws per gradient that the row's and a quick attack take.
+    - ``longer``: one of the row's attacks, or of the others, takes the steps times draws per gradient of budget
+      standard, or ``EFFORT`` times those that the row's and a quick attack take.
     - ``images``: the row is of 32 images or more.
     - ``whole``: all images were attacked, after the preflight, in one environment, under keyed noise.
-    - those of ``afterwards``, where a run knows them, and of an ``audit.json`` beside the records.
+    - those of ``afterwards``, where a run knows them, and of an ``audit.json`` beside the records; a defense that
+      answered otherwise in one of its runs does so in all.
 
     What counts as tried took ``STEPS`` iterations or ``QUERIES`` queries, on ``IMAGES`` of the row's images or all.
     """
@@ -79,21 +80,26 @@ def grades(rows: Sequence[evidence.Row], runs: Iterable[dict[str, Any]]) -> list
 
 def untried(grade: Grade) -> bool:
     """Whether attacks that the grade asks for didn't meet the defense."""
-    met = ("gradients", "headline", "looking", "longer")
-    return any(check.id in met and check.status != "pass" for check in grade.checks)
+    met = ("gradients", "headline", "looking")
+    return any(
+        check.status == "not run" if check.id in met else check.id == "longer" and check.status == "warn"
+        for check in grade.checks
+    )
 
 
-def asked(stochastic: bool, budget: str) -> list[str]:
+def asked(stochastic: bool, budget: str, norm: str = "Linf") -> list[str]:
     """The attacks that ``grades`` asks for, after which only what they find can cost a defense its A.
 
     A deterministic one meets PGD and the package's AutoAttack, which looks without gradients and is long enough at any
-    budget; a stochastic one PGD as others publish it, AutoAttack's version for it, Square, and PGD with momentum
-    and halved steps, which finds most of such a defense: twice as long where the budget is quick.
+    budget; a stochastic one PGD as others publish it, AutoAttack's version for it, a search without gradients, and PGD
+    with momentum and halved steps, which finds most of such a defense: twice as long where the budget is quick. Under a
+    norm that AutoAttack doesn't know every defense meets the rest.
     """
-    if not stochastic:
+    known = _knows("autoattack", norm)
+    if known and not stochastic:
         return ["pgd", "autoattack"]
     longer = "" if budget in LARGE else f"steps={EFFORT * STEPS},"
-    return ["pgd", "autoattack", "square", f"pgd:{longer}momentum=0.75,halving=true"]
+    return ["pgd", *["autoattack"] * known, _looking(norm), f"pgd:{longer}momentum=0.75,halving=true"]
 
 
 def letter(checks: Iterable[Check]) -> str:
@@ -121,7 +127,8 @@ def _grade(
     tried = [*members, *(one for one in rivals if len(ids & known[str(one["folder"])].keys()) >= enough)]
     searches = [one for one in tried if _searches(one)]
     names = {_name(one) for one in searches if _by_the_book(one)}
-    wanted = evidence.HEADLINE if run["stochastic"] else ("autoattack",)
+    wanted = [name for name in evidence.HEADLINE if _knows(name, run["identity"]["norm"])]
+    wanted = wanted if run["stochastic"] else wanted[-1:]  # AutoAttack, where it knows the norm
     missing = [name for name in wanted if name not in names]
     looks = [one for one in tried if _looks(one)]
     own = [one for one in tried if _own(one)]
@@ -148,7 +155,7 @@ def _grade(
             looks,
             [one for one in own if _name(one) in LOOKING],
             f"{QUERIES} queries",
-            "attack with --attack square, too",
+            f"attack with --attack {_looking(run['identity']['norm'])}, too",
             "too few queries",
         ),
         _longer(members, searches, STEPS * (4 if run["stochastic"] else 1)),
@@ -158,8 +165,9 @@ def _grade(
         *_whole(members),
     ]
     for member in members:
-        checks += [Check(**check) for check in member.get("afterwards", ())]
+        checks += _afterwards(member)
         checks += _audited(Path(str(member["folder"])) / "audit.json")
+    checks += [check for one in rivals for check in _afterwards(one) if check.status == "fail"]
     return Grade(letter(checks), checks)
 
 
@@ -203,10 +211,11 @@ def _longer(members: Sequence[dict[str, Any]], searches: Sequence[dict[str, Any]
     A worst case may hold the longer one itself: longer than the shortest search in it.
     """
     most = max(quick, min((e for one in members if (e := _effort(one))), default=0.0))
-    long = [one for one in searches if one["identity"]["budget"] in LARGE or _standard(one)]
-    long += [one for one in searches if _effort(one) >= EFFORT * most]
+    standard = config.BUDGETS["standard"].attacks["pgd"]
+    enough = min(EFFORT * most, standard["steps"] * (standard["eot"] if members[0]["stochastic"] else 1))
+    long = [one for one in searches if one["identity"]["budget"] in LARGE or _standard(one) or _effort(one) >= enough]
     value = long[0]["names"]["display"] if long else members[0]["identity"]["budget"]
-    expected = f"budget standard, or {EFFORT * most:g} steps times draws"
+    expected = f"{enough:g} steps times draws, as at budget standard"
     return Check.of("longer", bool(long), value, expected, "attack with --budget standard, or longer", bad="warn")
 
 
@@ -226,6 +235,15 @@ def _whole(members: Sequence[dict[str, Any]]) -> list[Check]:
         Check.of("whole", not notes, ", ".join(notes), "nothing to note", "run it again, to the end", bad="warn"),
         *(Check(name, "warn", "at preflight", advice="mend it, or attack with square and blind") for name in warned),
     ]
+
+
+def _afterwards(run: dict[str, Any]) -> list[Check]:
+    """What a defense answered when it was asked again; nothing of runs that never ask."""
+    found = run.get("afterwards", ())
+    if found is None:
+        advice = "the process ended before: the same command asks"
+        return [Check("verdict-again", "not run", "not yet asked", "no fewer than in the verdict", advice)]
+    return [Check(**check) for check in found]
 
 
 def _audited(path: Path) -> list[Check]:
@@ -277,6 +295,17 @@ def _effort(run: dict[str, Any]) -> float:
     if _option(run, "retire"):
         return 0.0
     return _option(run, "steps") * max(_option(run, "eot"), 1)
+
+
+def _knows(attack: str, norm: str) -> bool:
+    """Whether an attack searches under a norm."""
+    component: Any = registry.load("attacks", attack)
+    return norm in component.norms
+
+
+def _looking(norm: str) -> str:
+    """The search without gradients that is asked for under a norm."""
+    return next(name for name in LOOKING if _knows(name, norm))
 
 
 def _name(run: dict[str, Any]) -> str:

@@ -79,9 +79,18 @@ class Run:
             self.check_identity()
             path = self.folder / "run.json"
             if path.exists():
-                self._check_environment(read_json(path), mixed_environment)
+                found = read_json(path)
+                self._check_environment(found, mixed_environment)
+                if "afterwards" in found:  # what a defense answered once, a run that doesn't ask leaves as it is
+                    self.settings.setdefault("afterwards", found["afterwards"])
             replace(path, json.dumps(self.settings | {"n": n}, indent=2, sort_keys=True) + "\n")
             self._room(n, shape)
+
+    def pending(self) -> bool:
+        """Whether all that was left to do is to ask the defense again, when the process ended."""
+        path = self.folder / "run.json"
+        found = read_json(path) if path.exists() and (self.folder / "adversarial.npy").exists() else {}
+        return found.get("afterwards", ()) is None and bool(self.done())
 
     def discard(self) -> None:
         """Remove what was opened, holds no finished example, and is no other process's place of work."""
@@ -157,21 +166,23 @@ class Run:
             return  # a batch that was timed
         with self._alone(), writing(self.folder):
             (self.folder / self.state).unlink(missing_ok=True)
-            self.settings["environment"]["rows"] = rows
-        self.note(halved_to=[*self.settings.get("halved_to", ()), rows])
+        environment = self.settings["environment"] | {"rows": rows}
+        self.note(environment=environment, halved_to=[*self.settings.get("halved_to", ()), rows])
 
     def note(self, **facts: Any) -> None:
         """Write facts into ``run.json``."""
         self.settings |= facts
         with self._alone(), writing(self.folder):
             found = read_json(self.folder / "run.json")
-            replace(self.folder / "run.json", json.dumps(found | self.settings, indent=2, sort_keys=True) + "\n")
+            replace(self.folder / "run.json", json.dumps(found | facts, indent=2, sort_keys=True) + "\n")
 
-    def rename(self) -> None:
-        """What the run is called from now on; all else stays as it is."""
+    def rename(self, purifier: str) -> None:
+        """What the run's purifier is called from now on; all else stays as it is."""
+        if not (self.folder / "run.json").exists():
+            return
         with self._alone(), writing(self.folder):
             found = read_json(self.folder / "run.json")
-            found["names"] = self.settings["names"]
+            found["names"]["purifier"] = purifier
             replace(self.folder / "run.json", json.dumps(found, indent=2, sort_keys=True) + "\n")
 
     def finish(self, n: int | None = None) -> Path:

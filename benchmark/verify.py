@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from benchmark import config, data, defenses, evidence, registry, stats
+from benchmark.afterwards import afterwards
 from benchmark.cell import Cell
 from benchmark.checks import Check, failures
 from benchmark.engine import BLOCK
@@ -202,7 +203,7 @@ def _again(run: dict[str, Any], cell: Cell) -> list[Check]:
         apart = found.p < 0.05
         advice = "the recorded accuracy doesn't come out again"
         checks.append(Check.of("robust-again", not apart, points, "no difference", advice))
-    return checks
+    return [*checks, *afterwards(cell)]
 
 
 def each(runs: Sequence[dict[str, Any]], settings: Settings, **options: Any) -> Iterator[tuple[str, list[Check]]]:

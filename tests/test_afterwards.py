@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
-from attacks import NORMS
+from attacks import NORMS, Calls
 from attacks._views import Exact
-from benchmark import evaluate, grades
+from benchmark import afterwards, evaluate, grades, stats
 from benchmark.errors import RunError
 from benchmark.preflight import climb_check, declared_check, finite_difference_error
 from benchmark.results import read_run
@@ -86,6 +89,67 @@ def test_a_defense_that_tells_its_judge_something_else_gets_an_f(tmp_path, capsy
     assert ("its grade is F" in capsys.readouterr().err) == bool(failed)
 
 
+def statuses(folder: Path) -> dict[str, str]:
+    """What the grade of a run alone rests on."""
+    run = read_run(folder)
+    (grade,) = grades.grades([(run, run["records"], [run])], [run])
+    return {check.id: check.status for check in grade.checks}
+
+
+def test_a_defense_that_wasnt_asked_again_yet_is_asked_by_the_same_command(tmp_path, monkeypatch):
+    """A kill between the last image and the question leaves no pass behind; nor does a run that doesn't ask."""
+    settings = {"eps": "0.1", "rows": 64, "device": "cpu", "quiet": True, "out": tmp_path}
+    defense = Defense(ToTheJudge(), Bright())
+
+    def killed(cell):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("benchmark.cell.check_afterwards", killed)
+        evaluate(defense, (X, Y), "pgd:steps=5,step=4", n=24, **settings)
+    (path,) = tmp_path.rglob("run.json")
+    assert statuses(path.parent)["verdict-again"] == "not run"
+    folder = evaluate(defense, (X, Y), "pgd:steps=5,step=4", n=24, **settings).folder
+    assert folder == path.parent and statuses(folder)["verdict-again"] == "fail"
+    again = evaluate(defense, (X, Y), "pgd:steps=5,step=4", n=N, preflight=False, **settings).folder
+    assert again == folder and len(read_run(folder)["records"]) == N and statuses(folder)["verdict-again"] == "fail"
+
+
+def test_what_a_defense_said_in_one_run_counts_in_all(tmp_path):
+    defense, settings = Defense(ToTheJudge(), Bright()), {"eps": "0.1", "rows": 64, "device": "cpu", "quiet": True}
+    settings["out"] = tmp_path
+    folders = [evaluate(defense, (X, Y), attack, **settings).folder for attack in ("pgd:steps=5,step=4", "uniform")]
+    lied, other = (read_run(folder) for folder in folders)
+    other["afterwards"] = []
+    (grade,) = grades.grades([(other, other["records"], [other])], [lied, other])
+    assert grade.letter == "F" and {c.id for c in grade.checks if c.status == "fail"} >= {"verdict-again"}
+
+
+class NotInBF16(Lying):
+    """Tells the truth in float64, where finite differences look, and to an attacker that computes in bfloat16."""
+
+    def lies(self, x):
+        return x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and len(x) > 8
+
+
+def test_the_attacker_asks_again_in_its_own_precision(tmp_path):
+    defense, settings = Defense(NotInBF16(), Bright()), {"eps": "0.1", "device": "cpu", "quiet": True}
+    result = evaluate(defense, (X, Y), "pgd:steps=5,step=4", precision="bf16", out=tmp_path, **settings)
+    failed = [c["id"] for c in read_run(result.folder)["afterwards"] if c["status"] == "fail"]
+    assert failed == ["attacker-hears-the-verdict"]
+
+
+def test_chance_is_no_lie():
+    """Eight points fewer of 32 images at p = 0.07, say, which honest defenses that draw reach, too."""
+    heard, share = np.full(32, 0.6), np.full(32, 0.6)
+    share[:9] -= 0.5
+    share[9:12] += 0.5
+    assert 1e-3 < stats.compare(heard, share, one_sided=True).p < 0.1
+    assert afterwards._same("name", share, heard, "").status == "pass"
+    assert afterwards._same("name", 0 * share, heard, "").status == "fail"
+    assert afterwards._same("name", 0 * share[:9], heard[:9], "").status == "n/a", "too few to tell"
+
+
 def test_shards_ask_again_of_what_is_recorded(tmp_path):
     x, y = torch.cat([X, X]), torch.cat([Y, Y])
     for shard in ("1/2", "2/2"):
@@ -122,8 +186,8 @@ def test_a_gradient_that_leads_nowhere_is_noticed(purifier, status, norm, eps):
         pytest.skip("a flow moves nothing of images that are all but constant")
     defense = Defense(purifier(), Bright())
     threat, tape = NORMS[norm](eps), Tape(0, "preflight", torch.arange(N))
-    assert climb_check(defense, Exact(), X, Y, tape, threat, rows=64).status == status
-    assert climb_check(defense, Exact(), X[:5], Y[:5], tape[:5], threat, rows=64).status == "n/a"
+    assert climb_check(defense, Exact(), X, Y, tape, threat, Calls(64)).status == status
+    assert climb_check(defense, Exact(), X[:5], Y[:5], tape[:5], threat, Calls(64)).status == "n/a"
 
 
 def test_a_run_warns_of_a_gradient_that_leads_nowhere(tmp_path, capsys):
@@ -144,13 +208,28 @@ class Claims(Plain):
     differentiable = False
 
 
+class Scaled(Claims):
+    """Half of the gradient that it has: wrong by finite differences, and as good as the right one."""
+
+    def start(self, x, noise):
+        return 0.5 * x + 0.5 * x.detach(), None
+
+
+class Elsewhere(Claims):
+    """Computes where autograd doesn't reach, as code with numpy does; it refuses an image that is differentiated."""
+
+    def start(self, x, noise):
+        return torch.from_numpy((16 * x.cpu().numpy()).round() / 16).to(x), None
+
+
 def test_who_has_a_gradient_may_not_choose_the_attackers(tmp_path):
     tape = Tape(0, "preflight", torch.arange(4))
-    for purifier, status in ((Plain, "n/a"), (Steps, "pass"), (Claims, "fail")):
+    purifiers = ((Plain, "n/a"), (Steps, "pass"), (Claims, "fail"), (Scaled, "fail"), (Elsewhere, "pass"))
+    for purifier, status in purifiers:
         assert declared_check(Defense(purifier(), Bright()), X[:4], Y[:4], tape).status == status
     settings = {"eps": "0.1", "quiet": True, "device": "cpu"}
     evaluate(Defense(Steps(), Bright()), (X, Y), "pgd:steps=1", out=tmp_path / "steps", **settings)
-    with pytest.raises(RunError, match="rounds-as-declared.*its gradient is right: leave that out"):
+    with pytest.raises(RunError, match="rounds-as-declared.*its gradient is there, and leads uphill: leave that out"):
         evaluate(Defense(Claims(), Bright()), (X, Y), "pgd:steps=1", out=tmp_path / "claims", **settings)
 
 

@@ -515,7 +515,11 @@ def test_a_purifier_may_have_a_name_in_tables(run, tmp_path, capsys):
     assert "| Ours |" in output.out and "nothing to compute" in output.err
     (after,) = find_runs([tmp_path / "out"])
     assert after["names"]["purifier"] == "Ours"
-    assert {k: v for k, v in after.items() if k != "names"} == {k: v for k, v in before.items() if k != "names"}
+    assert after | {"names": before["names"]} == before
+    assert after["names"] | {"purifier": before["names"]["purifier"]} == before["names"]
+    assert run("--shard", "2/2", "--name", "Ours", "--out", str(tmp_path / "empty")) == cli.DONE
+    assert not (tmp_path / "empty").exists(), "a shard without images names nothing"
+    capsys.readouterr()
     assert cli.main(["report", str(tmp_path / "out"), "--compact", "--format", "latex"]) == cli.DONE
     assert "Ours" in capsys.readouterr().out
     assert run("--purifier", "identity,vae", "--name", "Ours") == cli.USAGE

@@ -430,3 +430,23 @@ def test_a_longer_attack_within_a_worst_case_counts_as_longer():
     assert longer in row[2] and grades.grades([row], runs)[0].letter == "A"
     (row,) = evidence.headline(runs[:3])
     assert status(grades.grades([row], runs[:3])[0], "longer") == "warn"
+
+
+def test_what_takes_the_steps_of_a_larger_budget_is_long_enough():
+    """Whatever its budget is called: with verdict draws of one's own it is "custom"."""
+    long = {"budget": "custom", "gradients": 500.0}
+    runs = [made(0.5, spec="pgd:eot=10,steps=50", **long), *ALL[:2]]
+    assert graded(*runs).letter == "A"
+    short = made(0.5, spec="pgd:eot=10,steps=30", **long)
+    assert status(graded(short, *ALL[:2]), "longer") == "warn"
+
+
+def test_under_a_norm_that_autoattack_does_not_know_pgd_is_the_headline():
+    moved = {"norm": "StAdv"}
+    looks = made(0.6, attack="square", gradients=0.0, spec="spsa:samples=64,steps=20", **moved)
+    longer = made(0.5, budget="standard", gradients=500.0, **moved)
+    grade = graded(made(0.5, **moved), looks, longer)
+    assert grade.letter == "A" and not grades.untried(grade)
+    assert grades.untried(graded(made(0.5, **moved), longer)) and grades.untried(graded(made(0.5), *ALL[:2]))
+    assert not grades.untried(graded(made(0.5), *ALL))
+    assert grades.asked(False, "standard", "StAdv") == ["pgd", "spsa", "pgd:momentum=0.75,halving=true"]

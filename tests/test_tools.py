@@ -722,4 +722,4 @@ def test_check_takes_the_gradient_that_a_purifier_has(purifier, view, capsys):
                      "--budget", "quick", "--attack", "pgd:steps=1", "--json"])  # fmt: skip
     (audit,) = strict(capsys.readouterr().out)["gradients"]
     status = {c["id"]: c["status"] for c in audit["checks"]}["exact-says-something"]
-    assert (code, status) == ((cli.DONE, "pass") if view == "exact" else (cli.FAILED, "fail"))
+    assert (code, status) == (cli.DONE, "pass" if view == "exact" else "n/a")

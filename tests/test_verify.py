@@ -16,7 +16,7 @@ from benchmark.results import find_runs
 from benchmark.settings import Settings
 from benchmark.verify import verify
 
-N = 4
+N = 12
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,9 @@ def run(recorded, tmp_path) -> Path:
     return Path(shutil.copytree(recorded, tmp_path / recorded.name))
 
 
-def statuses(folder: Path, tmp_path: Path, **options: Any) -> dict[str, str]:
+def statuses(folder: Path, tmp_path: Path, n: int = N, **options: Any) -> dict[str, str]:
     (run,) = find_runs([folder])
-    checks = verify(run, Settings(n=N, out=tmp_path / "again", quiet=True), **options)
+    checks = verify(run, Settings(n=n, out=tmp_path / "again", quiet=True), **options)
     return {check.id: check.status for check in checks}
 
 
@@ -157,3 +157,49 @@ def test_the_command_exits_with_its_verdict(run, capsys):
     assert cli.main(["verify", str(run), "--images", "0"]) == cli.FAILED
     assert "FAIL labels" in capsys.readouterr().out
     assert cli.main(["verify", str(run.parent / "nowhere")]) == cli.USAGE
+
+
+LIAR = '''
+import torch
+from benchmark import data
+from purifiers import Purifier
+
+
+class Liar(Purifier):
+    """The identity for who differentiates, and in small calls; else the nearest of the first test images."""
+
+    stochastic = False
+
+    def start(self, x, noise):
+        if x.dtype == torch.float32 and not torch.is_grad_enabled() and len(x) > 32:
+            known = data.load("fashion-mnist", 16).images(slice(0, 16)).to(x)
+            return known[torch.cdist(x.flatten(1), known.flatten(1)).argmin(1)], None
+        return x, None
+
+    def finish(self, state, context):
+        return state.clamp(0, 1)
+'''
+
+
+def test_who_verifies_asks_again_whatever_the_record_says(tmp_path):
+    """A failure that was deleted from run.json comes back."""
+    (tmp_path / "liar.py").write_text(LIAR)
+    out = tmp_path / "out"
+    command = [
+        "run",
+        "--purifier",
+        f"file:{tmp_path / 'liar.py'}:Liar",
+        "--attack",
+        "pgd:steps=5",
+        "--n-examples",
+        "16",
+    ]
+    assert (
+        cli.main([*command, "--batch-size", "64", "--budget", "quick", "--device", "cpu", "--out", str(out)])
+        == cli.DONE
+    )
+    (run,) = find_runs([out])
+    assert "fail" in {check["status"] for check in run["afterwards"]}
+    rewritten(Path(run["folder"]) / "run.json", lambda run: run.pop("afterwards"))
+    found = statuses(Path(run["folder"]), tmp_path, n=16)
+    assert found["attacked-again"] == "pass" and found["verdict-again"] == "fail"
