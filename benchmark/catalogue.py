@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmark import checkpoints, config, data, registry, zoo
 from benchmark.checkpoints import Need
+from benchmark.dataset import FORMS, SPLITS
 from benchmark.errors import UsageError
 from benchmark.registry import Spec, show
 
@@ -51,7 +52,7 @@ def entry(kind: str, text: str, need: Need) -> dict[str, Any]:
         found = _attack(spec) if kind == "attacks" else _component(kind, spec, need)
         documented = registry.described(kind, found.get("component", spec.name), spec.argument)
     text = SECTION.sub("", inspect.getdoc(documented) or "") if documented else ""
-    meanings = {"split": f"one of {', '.join(data.SPLITS)}."} | (explained(documented) if documented else {})
+    meanings = {"split": f"one of {', '.join(SPLITS)}."} | (explained(documented) if documented else {})
     return found | {
         "documentation": text.replace("``", "`").strip(),
         "meanings": {option: meanings.get(option, "") for option in found.get("options", {})},
@@ -108,7 +109,7 @@ def page(found: dict[str, Any], width: int) -> Iterator[str]:
 def _dataset(name: str) -> dict[str, Any]:
     reader = data.reader(name)
     found: dict[str, Any] = {"name": name, "about": _first(reader), "radii": config.RADII.get(name, {})}
-    if form := data.FORMS.get(name):
+    if form := FORMS.get(name):
         found |= {"shape": "×".join(map(str, form.shape)), "classes": form.classes}
     return found | {"options": _options(reader, Spec(name))}
 

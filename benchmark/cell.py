@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from attacks import NORMS, PRECISIONS, Attack, NotApplicable, ThreatModel
 from attacks._copies import copied
 from attacks._recompute import ROWS, Footprint, footprint
-from benchmark import checkpoints, config, data, defenses, evidence, memory, registry, report
+from benchmark import checkpoints, config, defenses, evidence, memory, registry, report
+from benchmark.dataset import Dataset
 from benchmark.engine import BLOCK, Engine, Incomplete
 from benchmark.environment import environment
 from benchmark.errors import NotApplicableError, RunError, UsageError
@@ -54,7 +55,7 @@ class Result(NamedTuple):
 class Cell:
     """One cell of a table, ready to run: components, identity, plan and folder."""
 
-    def __init__(self, defense: Defense, images: str | tuple[Any, Any] | data.Dataset, attack: str,
+    def __init__(self, defense: Defense, images: str | tuple[Any, Any] | Dataset, attack: str,
                  settings: Settings):  # fmt: skip
         self.settings = s = settings
         self.device = torch.device(s.device)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from benchmark import checkpoints, config, data, registry
+from benchmark import checkpoints, config, registry
 from benchmark.cell import Cell
+from benchmark.dataset import Dataset
 from benchmark.defenses import made
 from benchmark.errors import UsageError
 from benchmark.grades import EVERYTHING, asked
@@ -58,7 +59,7 @@ def grid(
             yield Cell(defense, pool, attack, dataclasses.replace(settings, eps=eps, seed=seed, view=view))
 
 
-def _asked(defense: Defense, pool: data.Dataset, settings: Settings) -> list[str]:
+def _asked(defense: Defense, pool: Dataset, settings: Settings) -> list[str]:
     """The attacks that a grade asks for of this defense, under the threat model that was asked for, or Linf."""
     stochastic = Cell(defense, pool, "pgd", settings).stochastic
     budget = config.budget(settings.budget, torch.device(settings.device).type).name

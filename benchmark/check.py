@@ -17,7 +17,7 @@ from attacks._views import Exact
 from benchmark import checkpoints, config, defenses, registry
 from benchmark.checkpoints import Need
 from benchmark.checks import Check, failures
-from benchmark.data import Dataset
+from benchmark.dataset import Dataset
 from benchmark.errors import RunError, UsageError
 from benchmark.plan import plan, stopwatch
 from benchmark.preflight import accuracy_check, climb_check, correct, declared_check, integral_check, preflight

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmark import registry, zoo
-from benchmark.data import FORMS, Form
+from benchmark.dataset import FORMS, Form
 from benchmark.errors import UsageError
 from benchmark.fetch import Remote, network, obtain, sha256
 from benchmark.fingerprint import fingerprint

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmark import checkpoints, data, registry
-from benchmark.data import Form
+from benchmark.dataset import Form
 from benchmark.errors import UsageError
 from benchmark.fetch import network
 from benchmark.fingerprint import BOOKKEEPING, fingerprint, stamp

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from attacks import PRECISIONS, Calls
 from attacks._recompute import ROWS
-from benchmark import data, defenses, registry
+from benchmark import defenses, registry
 from benchmark.afterwards import afterwards
 from benchmark.checks import failures
+from benchmark.dataset import FORMS
 from benchmark.errors import RunError, UsageError
 from benchmark.preflight import accuracy_check, climb_check, declared_check, integral_check, preflight
 from benchmark.repeatable import make_repeatable
@@ -47,7 +48,7 @@ def check_shapes(cell: Cell) -> None:
         )
     classes = logits.shape[1]
     form, least = cell.data.form, cell.attack.least_classes(cell.drawing)
-    if form.family in data.FORMS and classes != form.classes:
+    if form.family in FORMS and classes != form.classes:
         raise UsageError(
             f"{cell}: {form.family} has {form.classes} classes, the classifier has {classes} outputs: wrap it in a "
             f"function that returns the {form.classes} logits in the data set's order (file:mine.py:NAME), "

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmark.data import ASSETS, FORMS, VALIDATION, Dataset, Request
+from benchmark.dataset import ASSETS, FORMS, VALIDATION, Dataset, Request
 from benchmark.errors import UsageError
 from benchmark.pictures import decoded, folder, from_folders, named, parquet
 from benchmark.registry import unknown

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmark import checkpoints, data
+from benchmark import checkpoints
+from benchmark.dataset import Dataset
 from benchmark.recipes import Recipe
 from purifiers import Batch, Tape
 
@@ -25,7 +26,7 @@ VICTIMS = ("resnet", "resnet18")
 def measure(
     module: nn.Module,
     recipe: Recipe,
-    held_out: dict[str, data.Dataset],
+    held_out: dict[str, Dataset],
     aside: dict[str, Any] | None = None,
     root: Path | None = None,
     *,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmark.data import FORMS, SPLITS, Dataset, Form, Request
+from benchmark.dataset import FORMS, SPLITS, Dataset, Form, Request
 from benchmark.errors import UsageError
 from benchmark.fetch import sha256
 from benchmark.registry import unknown

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmark.data import Form
+from benchmark.dataset import Form
 from purifiers import Purifier, Tape
 
 TILE = 64

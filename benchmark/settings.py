@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 
 from benchmark import checkpoints, config, data
+from benchmark.dataset import Dataset
 from benchmark.device import device_named
 from benchmark.errors import UsageError
 
@@ -94,11 +95,11 @@ class Settings:
             raise UsageError(f"--n-examples {n}: at least one image is needed")
         return n
 
-    def examples(self, source: str | tuple[Any, Any] | data.Dataset) -> data.Dataset:
+    def examples(self, source: str | tuple[Any, Any] | Dataset) -> Dataset:
         """At least as many examples, by name or from tensors or arrays; an error if there are fewer."""
         if isinstance(source, str):
             source = data.load(source, max(self.images, KNOWN), data_dir=self.data_dir, offline=self.offline)
-        elif not isinstance(source, data.Dataset):
+        elif not isinstance(source, Dataset):
             source = data.from_arrays(source)
             if self.n is None:  # the caller's own, which may be few
                 self.n = min(self.images, len(source))

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from attacks._precision import set_tf32
 from benchmark import checkpoints, data, registry
+from benchmark.dataset import ALL, CUT, Dataset
 from benchmark.errors import UsageError
 from benchmark.files import replace, sole
 from benchmark.measure import MOST, SPLITS, measure
@@ -110,7 +111,7 @@ def train(
         "data": {
             "dataset": data.part(images.name),
             "training_images": len(images),
-            "validation": f"{data.CUT}, never trained on",
+            "validation": f"{CUT}, never trained on",
             "sha256": images.fingerprint,
         }
         | material.finishing(recipe),
@@ -140,9 +141,9 @@ class Material(NamedTuple):
         held_out: by split, what the trained weights are measured on.
     """
 
-    images: data.Dataset
-    last: data.Dataset | None
-    held_out: dict[str, data.Dataset]
+    images: Dataset
+    last: Dataset | None
+    held_out: dict[str, Dataset]
 
     @property
     def fingerprints(self) -> list[Any]:
@@ -165,7 +166,7 @@ def _material(dataset: str, finish: str | None, limit: int | None, data_dir: str
     """
     shown = []
     for source in [dataset, *([finish] if finish else [])]:
-        images = data.load(data.part(source, "train"), data.ALL, data_dir=data_dir)
+        images = data.load(data.part(source, "train"), ALL, data_dir=data_dir)
         shown.append(images if limit is None else images.first(min(limit, len(images))))
     if len({images.form for images in shown}) > 1:
         raise UsageError(f"--finish {finish}: {shown[1].form}, the other images are {shown[0].form}")
@@ -181,7 +182,7 @@ def _material(dataset: str, finish: str | None, limit: int | None, data_dir: str
     return Material(shown[0], shown[1] if finish else None, held_out)
 
 
-def _steps(recipe: Recipe, images: data.Dataset) -> int:
+def _steps(recipe: Recipe, images: Dataset) -> int:
     return len(images) // recipe.batch_size * recipe.epochs
 
 
@@ -214,7 +215,7 @@ def _state(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} can't be read ({error}); delete it, and the training begins anew") from error
 
 
-def _start(recipe: Recipe, images: data.Dataset, parts: dict[str, nn.Module], out: Path) -> dict[str, dict[str, str]]:
+def _start(recipe: Recipe, images: Dataset, parts: dict[str, nn.Module], out: Path) -> dict[str, dict[str, str]]:
     """Copy the weights that a recipe starts from into the parts that they have; their entries for a card."""
     if recipe.init is None:
         return {}
@@ -246,7 +247,7 @@ def _grow(net: nn.Module, state: dict[str, Tensor]) -> None:
     net.load_state_dict(state)
 
 
-def _aside(recipe: Recipe, component: Any, images: data.Dataset, out: Path, device: str) -> dict[str, Any]:
+def _aside(recipe: Recipe, component: Any, images: Dataset, out: Path, device: str) -> dict[str, Any]:
     """What the objective takes beside weights: critics that train along, the features of a judge."""
     aside: dict[str, Any] = {}
     if recipe.critics:
@@ -369,9 +370,7 @@ def _optimiser(module: nn.Module, key: str, recipe: Recipe, critics: dict[str, n
     return torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
 
 
-def _batch(
-    images: data.Dataset, recipe: Recipe, step: int, total: int, device: str, began: int = 0
-) -> tuple[Batch, Tape]:
+def _batch(images: Dataset, recipe: Recipe, step: int, total: int, device: str, began: int = 0) -> tuple[Batch, Tape]:
     """The batch of a step and its noise, both functions of (seed, step) alone; of images used since step ``began``."""
     size = min(recipe.batch_size, len(images))
     epoch, position = divmod(step - began, len(images) // size)

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmark import config, data, defenses, evidence, registry, stats
+from benchmark import config, defenses, evidence, registry, stats
 from benchmark.afterwards import afterwards
 from benchmark.cell import Cell
 from benchmark.checks import Check, failures
+from benchmark.dataset import Dataset
 from benchmark.engine import BLOCK
 from benchmark.environment import environment
 from benchmark.errors import RunError, UsageError
@@ -170,7 +171,7 @@ def _unversioned(display: str) -> str:
     return re.sub(r" \d+(\.\d+)+", "", display)
 
 
-def _labels(run: dict[str, Any], images: data.Dataset) -> Check:
+def _labels(run: dict[str, Any], images: Dataset) -> Check:
     at_hand = dict(zip(images.ids.tolist(), images.labels.tolist(), strict=True))
     wrong = [r["id"] for r in run["records"] if r["id"] in at_hand and at_hand[r["id"]] != r["label"]]
     advice = "the records are of other labels than the data set's: attack again"

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from benchmark import data, registry
-from benchmark.data import ASSETS, Form
+from benchmark.dataset import ASSETS, Form
 from benchmark.errors import UsageError
 from benchmark.fetch import Remote
 from classifiers._pretrained import Pretrained

@@ -8,6 +8,7 @@ import pytest
 
 from benchmark import check, cli, data
 from benchmark.checkpoints import Need
+from benchmark.dataset import Dataset
 
 NEED = Need(data.form("fashion-mnist"))
 
@@ -99,7 +100,7 @@ def Mine(*, classes: int = 10, probabilities: bool = False):
 
 def test_a_checkpoint_that_reads_other_than_stated_fails():
     images = data.load("fashion-mnist")
-    spoiled = data.Dataset("x", images.pixels, (images.labels + 1) % 10, images.ids, "x", images.form)
+    spoiled = Dataset("x", images.pixels, (images.labels + 1) % 10, images.ids, "x", images.form)
     found = {c.id: c for c in check.classifier("resnet", NEED, spoiled)}
     assert found["clean-accuracy"].status == "fail" and "of 64 images" in str(found["clean-accuracy"].value)
 

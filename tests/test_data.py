@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from benchmark import data, loaders
+from benchmark.dataset import ASSETS
 from benchmark.errors import UsageError
 
 SYSTEM = Path("/usr/share/datasets/fashion-mnist")
 needs_full = pytest.mark.skipif(
     not (SYSTEM / "train-images-idx3-ubyte.gz").exists(), reason=f"the full Fashion-MNIST isn't in {SYSTEM}"
 )
-EXCERPT = data.ASSETS / "fashion-mnist-test-1000.npz"
+EXCERPT = ASSETS / "fashion-mnist-test-1000.npz"
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_the_excerpt_is_small_complete_and_needs_nothing_else(nowhere):
 
 
 def test_the_licence_lies_beside_the_excerpt():
-    notice = (data.ASSETS / "LICENSE-fashion-mnist").read_text()
+    notice = (ASSETS / "LICENSE-fashion-mnist").read_text()
     assert "MIT" in notice and "Zalando SE" in notice and "without restriction" in notice
 
 

@@ -32,6 +32,7 @@ from benchmark import (
     writers,
 )  # fmt: skip
 from benchmark.cell import Incomplete, Result
+from benchmark.dataset import Dataset, Form
 from benchmark.errors import RunError, UsageError
 from benchmark.results import find_runs, read_run
 from classifiers import Classifier
@@ -144,8 +145,8 @@ def test_gaussian_known_answer(tmp_path, name, sigma):
 def test_gaussian_known_answer_by_the_command(tmp_path, monkeypatch, capsys):
     """The same number from ``run`` and ``report`` as a user gives them, the Gaussian being a data set by name."""
     x, y = gaussian()
-    form = data.Form("gaussian", tuple(x.shape[1:]), 2)
-    known = data.Dataset("gaussian", x, y, torch.arange(len(y)), "gaussian", form)
+    form = Form("gaussian", tuple(x.shape[1:]), 2)
+    known = Dataset("gaussian", x, y, torch.arange(len(y)), "gaussian", form)
     monkeypatch.setitem(loaders.LOADERS, "gaussian", lambda request, *, split="test": known)
     command = [
         "run", "--dataset", "gaussian", "--purifier", f"file:{HERE}:Linear,sigma=0.05",
@@ -1062,7 +1063,6 @@ class Brightness(Classifier):
 
 
 def test_a_classifier_of_another_data_set_is_refused(tmp_path):
-    from benchmark import data
 
     images = data.load("fashion-mnist")
     for classes, message in ((20, "fashion-mnist has 10 classes, the classifier has 20 outputs"), (7, "has 7 outputs")):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from benchmark import data, loaders
 from benchmark.checkpoints import Need
+from benchmark.dataset import ALL, FORMS, Form
 from benchmark.errors import UsageError
 from benchmark.purify import purify
 
@@ -48,7 +49,6 @@ def cifar10(server, monkeypatch):
     monkeypatch.setattr(CIFAR10, "train_list", [[n, md5(batches[n])] for n in batches if n.startswith("data")])
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5(batches["test_batch"])]])
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": md5(batches["batches.meta"])})
-    monkeypatch.setattr(data, "VALIDATION", 30)
     monkeypatch.setattr(loaders, "VALIDATION", 30)
     return pickle.loads(batches["test_batch"])
 
@@ -175,7 +175,7 @@ def test_parquet_in_the_hubs_layout(tmp_path):
     write(tmp_path / "cifar10" / "plain_text" / "train-00000-of-00001.parquet", PIXELS[:5])
     by_file, by_folder = data.load(f"parquet:{path}", 40), data.load(f"parquet:{tmp_path / 'cifar10'}", 40)
     for read in (by_file, by_folder):
-        assert read.form == data.Form("cifar10", (3, 32, 32), 10), "the path says which data set this is"
+        assert read.form == Form("cifar10", (3, 32, 32), 10), "the path says which data set this is"
         assert len(read) == 64, "at least as many as asked for, in whole blocks of 32"
         assert np.array_equal(read.pixels.permute(0, 2, 3, 1).numpy(), PIXELS[:64])
         assert read.labels.tolist() == [i % 10 for i in range(64)] and read.ids.tolist() == list(range(64))
@@ -189,7 +189,7 @@ def test_a_folder_without_files_of_validation_cuts_it_off_its_training_rows(tmp_
     write(folder / "train-0.parquet", PIXELS, exact=exact)
 
     def ids(options: str) -> list[int]:
-        return data.load(f"parquet:{folder},{options}", data.ALL).ids.tolist()
+        return data.load(f"parquet:{folder},{options}", ALL).ids.tolist()
 
     assert ids("split=validation") == list(range(9, 70, 10))
     assert sorted(ids("split=validation") + ids("split=train")) == list(range(70))
@@ -215,7 +215,7 @@ def test_parquet_with_other_columns_and_bare_bytes(tmp_path):
     rows = {"image": [png(p[:, :, 0]) for p in PIXELS[:4]], "fine": [3, 1, 2, 0]}
     pyarrow.parquet.write_table(pyarrow.table(rows), path)
     read = data.load(f"parquet:{path},label=fine")
-    assert read.form == data.Form("images", (1, 32, 32), 4) and read.labels.tolist() == [3, 1, 2, 0]
+    assert read.form == Form("images", (1, 32, 32), 4) and read.labels.tolist() == [3, 1, 2, 0]
     with pytest.raises(UsageError, match=r"no column 'label'; it has image, fine \(label=NAME"):
         data.load(f"parquet:{path}")
     with pytest.raises(UsageError, match="no column 'exact'"):
@@ -268,7 +268,7 @@ def folders(root: Path, kinds: list[str], each: int = 4, size: tuple[int, int] =
 def test_a_folder_per_class_in_one_fixed_mixed_order(tmp_path):
     folders(tmp_path / "pets" / "test", ["cat", "ant", "dog"], each=30)
     read = data.load(f"folder:{tmp_path / 'pets'}", 60)
-    assert read.form == data.Form("images", (3, 9, 9), 3) and len(read) == 64
+    assert read.form == Form("images", (3, 9, 9), 3) and len(read) == 64
     assert read.labels.bincount().min() > 10, "the first n are a sample of all classes"
     again = data.load(f"folder:{tmp_path / 'pets' / 'test'}", 90)
     assert again.fingerprint == read.fingerprint and torch.equal(again.pixels[:64], read.pixels)
@@ -288,7 +288,7 @@ def test_hidden_folders_are_no_classes_and_images_may_be_of_no_known_family(tmp_
     folders(tmp_path / "imagenet" / "mine", ["cat", "dog"])
     (tmp_path / "imagenet" / "mine" / ".ipynb_checkpoints").mkdir()
     read = data.load(f"folder:{tmp_path / 'imagenet' / 'mine'},family=images", 8)
-    assert read.form == data.Form("images", (3, 9, 9), 2) and sorted(read.labels.tolist()) == [0] * 4 + [1] * 4
+    assert read.form == Form("images", (3, 9, 9), 2) and sorted(read.labels.tolist()) == [0] * 4 + [1] * 4
 
 
 def test_images_of_more_than_eight_bits_are_refused(tmp_path):
@@ -298,7 +298,7 @@ def test_images_of_more_than_eight_bits_are_refused(tmp_path):
     with pytest.raises(UsageError, match="has I;16 pixels; convert it to 8 bits a channel"):
         data.load(f"folder:{tmp_path / 'a'}", 2)
     with pytest.raises(UsageError, match="has I;16 pixels; convert it to 8 bits a channel"):
-        purify(deep, tmp_path / "out.png", "identity", Need(data.Form("images", (3, 9, 9), 2)), resize=True, seed=0)
+        purify(deep, tmp_path / "out.png", "identity", Need(Form("images", (3, 9, 9), 2)), resize=True, seed=0)
 
 
 def test_folders_that_are_none(tmp_path):
@@ -325,7 +325,7 @@ def test_imagenet_in_torchvisions_layout_is_resized_and_cut(tmp_path):
     for kind in (kinds[7], kinds[600]):
         Image.fromarray(picture).save(tmp_path / "imagenet" / "val" / kind / f"{kind}.JPEG", quality=95)
     read = data.load("imagenet", 2, data_dir=str(tmp_path), offline=True)
-    assert read.form == data.form("imagenet") == data.Form("imagenet", (3, 224, 224), 1000)
+    assert read.form == data.form("imagenet") == Form("imagenet", (3, 224, 224), 1000)
     assert sorted(read.labels.tolist()) == [7, 600]
     columns = read.pixels[0, 0, 100].float()
     assert columns[:100].max() < 10 and columns[125:].min() > 245, "300×400 → 256×341 → the central 224×224"
@@ -408,6 +408,6 @@ def test_without_imagenet_the_error_says_where_it_goes(tmp_path):
 
 
 def test_every_named_data_set_has_a_form_without_being_there():
-    for name, form in data.FORMS.items():
+    for name, form in FORMS.items():
         assert data.form(name, offline=True) == form and form.family == name
         assert data.reader(name).__doc__

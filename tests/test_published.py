@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmark import checkpoints, cli, data, layouts
+from benchmark import checkpoints, cli, layouts
 from benchmark.checkpoints import Need
+from benchmark.dataset import FORMS
 from benchmark.errors import UsageError
 from benchmark.layouts import LAYOUTS
 from purifiers import _published
@@ -18,7 +19,7 @@ from tests import published
 
 SHAPE = (3, 16, 16)
 CARDS = sorted(p for p in checkpoints.SHIPPED.glob("*/*/card.json") if '"layout"' in p.read_text())
-FORM = data.FORMS["cifar10"]
+FORM = FORMS["cifar10"]
 
 
 def song() -> tuple:
@@ -94,7 +95,7 @@ def test_the_autoencoder_of_stable_diffusion_reads_images_and_their_gradients(tm
     path = tmp_path / "imagenet" / "sd-vae-ft-mse" / "diffusion_pytorch_model.safetensors"
     path.parent.mkdir(parents=True)
     save_file(state, path)
-    need = Need(data.FORMS["imagenet"], roots=(tmp_path,), offline=True)
+    need = Need(FORMS["imagenet"], roots=(tmp_path,), offline=True)
     vae = checkpoints.build("purifiers", "vae:weights=stable-diffusion,temperature=0", need).module
     x = torch.rand(1, 3, 64, 64, requires_grad=True)
     found = vae(x)
@@ -110,7 +111,7 @@ def test_the_autoencoder_of_stable_diffusion_reads_images_and_their_gradients(tm
 @pytest.mark.parametrize("path", CARDS, ids=lambda p: p.parent.name)
 def test_a_card_says_how_large_its_network_is_and_whence_it_comes(path):
     card = json.loads(path.read_text())
-    need = Need(data.FORMS[path.parent.parent.name])
+    need = Need(FORMS[path.parent.parent.name])
     built = checkpoints.build("purifiers", path.parent.name, need, hollow=True).module
     assert sum(p.numel() for p in built.parameters()) == card["parameters"]
     assert {p.device.type for p in built.parameters()} == {"meta"}
@@ -124,14 +125,14 @@ def test_a_card_says_how_large_its_network_is_and_whence_it_comes(path):
 def test_diffpures_own_options_are_those_of_its_papers_networks():
     """Nie et al. 2022 (arXiv 2205.07460), section 5.1 and appendix C.2: t* of 0.1 and 0.15, and dt = 1e-3."""
     for name, form, t_star in (("score-sde", "cifar10", 0.1), ("guided-diffusion", "imagenet", 0.15)):
-        spec = checkpoints.build("purifiers", f"diffpure:weights={name}", Need(data.FORMS[form]), hollow=True).spec
+        spec = checkpoints.build("purifiers", f"diffpure:weights={name}", Need(FORMS[form]), hollow=True).spec
         assert (spec.options["rule"], spec.options["t_star"]) == ("sde", t_star)
         assert spec.options["steps"] == 1000 * t_star
 
 
 def test_for_another_data_set_it_is_told_where_it_belongs():
     with pytest.raises(UsageError, match="diffpure-score-sde has weights for cifar10, not for fashion-mnist"):
-        checkpoints.build("purifiers", "diffpure:weights=score-sde", Need(data.FORMS["fashion-mnist"]))
+        checkpoints.build("purifiers", "diffpure:weights=score-sde", Need(FORMS["fashion-mnist"]))
 
 
 def test_all_leaves_out_what_was_not_fetched(tmp_path):

@@ -16,6 +16,7 @@ from PIL import Image
 import benchmark
 from benchmark import checkpoints, cli, data, load, loaders, registry
 from benchmark import recipes as recipe_book
+from benchmark.dataset import FORMS
 from benchmark.errors import UsageError
 from benchmark.gallery import gallery
 from benchmark.measure import measure
@@ -29,7 +30,7 @@ from purifiers._base import call
 from tests.test_train import needs_full
 
 DATASET = "fashion-mnist"
-NEED = checkpoints.Need(data.FORMS[DATASET])
+NEED = checkpoints.Need(FORMS[DATASET])
 CARDS = checkpoints.cards(DATASET)
 KINDS = {name: json.loads(card.read_text())["kind"] for name, card in CARDS.items()}
 FULL_PRECISION = {"vae", "diffpure", "resnet", "resnet-at"}
@@ -572,7 +573,7 @@ def test_weights_are_chosen_by_an_option(capsys):
 
 
 def test_an_option_called_weights_is_still_a_zoos_own():
-    need = checkpoints.Need(data.FORMS["imagenet"], offline=True)
+    need = checkpoints.Need(FORMS["imagenet"], offline=True)
     with pytest.raises(UsageError, match="unknown weights of resnet18 'NOPE'.*IMAGENET1K_V1"):
         checkpoints.build("classifiers", "torchvision:resnet18,weights=NOPE", need)
 
@@ -673,7 +674,7 @@ def test_training_starts_from_the_weights_named(begun):
     assert card["files"]["autoencoder"] == {"of": "vae"} | source and "of" not in card["files"]["prior"]
     assert [path.name for path in begun.iterdir() if path.is_dir()] == ["prior"], "what wasn't moved isn't copied"
 
-    need = checkpoints.Need(data.FORMS[DATASET], roots=(begun.parents[1],))
+    need = checkpoints.Need(FORMS[DATASET], roots=(begun.parents[1],))
     built, vae = (checkpoints.build("purifiers", name, need).module for name in ("begun", "vae"))
     ours, theirs = state(built.autoencoder), state(vae.autoencoder)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -701,7 +702,7 @@ def test_steps_with_a_long_gradient_move_nothing(tmp_path, own_recipes):
     folder = train("still", DATASET, tmp_path, limit=64)
     card = strict((folder / "card.json").read_text())
     assert card["skipped_steps"] == 2
-    need = checkpoints.Need(data.FORMS[DATASET], roots=(tmp_path,))
+    need = checkpoints.Need(FORMS[DATASET], roots=(tmp_path,))
     still, vae = (checkpoints.build("purifiers", name, need).module for name in ("still", "vae"))
     ours, theirs = state(still.autoencoder), state(vae.autoencoder)
     assert all(torch.equal(ours[key], theirs[key].half().float()) for key in ours)
