@@ -215,7 +215,7 @@ def _longer(members: Sequence[dict[str, Any]], searches: Sequence[dict[str, Any]
     enough = min(EFFORT * most, standard["steps"] * (standard["eot"] if members[0]["stochastic"] else 1))
     long = [one for one in searches if one["identity"]["budget"] in LARGE or _standard(one) or _effort(one) >= enough]
     value = long[0]["names"]["display"] if long else members[0]["identity"]["budget"]
-    expected = f"{enough:g} steps times draws, as at budget standard"
+    expected = f"{enough:g} steps times draws, or budget standard"
     return Check.of("longer", bool(long), value, expected, "attack with --budget standard, or longer", bad="warn")
 
 
