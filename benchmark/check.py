@@ -24,6 +24,7 @@ from benchmark.preflight import accuracy_check, climb_check, correct, declared_c
 from benchmark.repeatable import make_repeatable
 from benchmark.views import View
 from purifiers import Defense, Purifier, Tape
+from purifiers._base import call
 
 ROWS = 8
 """Rows of a call: few, so that a large network is checked in seconds."""
@@ -80,7 +81,8 @@ def purifier(spec: str, need: Need, images: Dataset, judge: str | None = None) -
     some, threat = slice(0, min(ROWS, len(images))), NORMS["Linf"](Fraction(8, 255))
     tape = Tape(0, "preflight", images.ids[some]).to(images.device).fold("climb")
     checks.append(climb_check(defense, view(1), images.images(some), images.labels[some], tape, threat, Calls(ROWS)))
-    return [*checks, _floor(defense, images, named), *_cost(defense, view(1), images)]
+    counted = _evaluations(defense.purifier, x[: len(tape)], tape)
+    return [*checks, counted, _floor(defense, images, named), *_cost(defense, view(1), images)]
 
 
 def classifier(spec: str, need: Need, images: Dataset) -> list[Check]:
@@ -209,6 +211,32 @@ def _victim(defense: Defense, ids: Tensor) -> Victim:
 def _generators(device: torch.device) -> list:
     there = [torch.cuda.get_rng_state(device).tolist()] if device.type == "cuda" else []
     return [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), *there]  # type: ignore[index]
+
+
+def _evaluations(g: nn.Module, x: Tensor, tape: Tape) -> Check:
+    """Whether ``nfe``, which tables and plans give, is what runs: how often the median weight sees an image."""
+    seen = {m: 0 for m in g.modules() if any(True for _ in m.parameters(recurse=False))}
+    if not seen:
+        return Check("evaluations", "n/a", "", "", "the purifier has no weights")
+
+    def count(module: nn.Module, inputs: Any) -> None:
+        seen[module] += next((len(a) for a in inputs if isinstance(a, Tensor) and a.ndim), len(x))
+
+    hooks = [module.register_forward_pre_hook(count) for module in seen]
+    try:
+        with torch.no_grad():
+            call(g, x, tape)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    by_rows = sorted((rows, sum(p.numel() for p in m.parameters(recurse=False))) for m, rows in seen.items())
+    up_to = np.cumsum([weights for _, weights in by_rows])
+    median = by_rows[int(np.searchsorted(up_to, up_to[-1] / 2))][0] / len(x)
+    declared = int(getattr(g, "nfe", 1))
+    return Check.of(
+        "evaluations", median <= declared, f"{median:g} per image", f"at most {declared}, its nfe",
+        "say how often the networks run: a property nfe, which tables print and plan multiplies", bad="warn",
+    )  # fmt: skip
 
 
 def _floor(defense: Defense, images: Dataset, classifier: str | None) -> Check:

@@ -172,3 +172,36 @@ def test_what_rounds_and_says_so_is_attacked_through_the_identity_and_passes(fil
     assert found["gradient-climbs"]["status"] == "pass" and "planned-cost" in found
     assert cli.main(["audit", "--only", "gradients", "--purifier", file(ROUNDS), "--n-examples", "2"]) == cli.DONE
     assert "exact-says-something: **n/a** (zero)" in capsys.readouterr().out, "and no traceback"
+
+
+def test_what_runs_more_often_than_its_nfe_says_is_told(file, capsys):
+    """A loop inside ``finish`` around a network, which a table would print as one evaluation."""
+    body = """
+import torch
+from purifiers import Purifier
+class Mine(Purifier):
+    stochastic = False
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Conv2d(1, 1, 3, padding=1, bias=False)
+        torch.nn.init.dirac_(self.net.weight)
+    def start(self, x, noise): return x, None
+    def finish(self, state, context):
+        for _ in range(7):
+            state = self.net(state)
+        return state.clamp(0, 1)
+"""
+    honest = body + "    @property\n    def nfe(self): return 7\n"
+    for text, status in ((body, "warn"), (honest, "pass")):
+        assert cli.main(["check", "--purifier", file(text), "--json"]) == cli.DONE
+        (checks,) = json.loads(capsys.readouterr().out).values()
+        (counted,) = [c for c in checks if c["id"] == "evaluations"]
+        assert counted["status"] == status and counted["value"] == "7 per image"
+
+
+@pytest.mark.parametrize("name", ["diffpure", "latent", "map", "nvae", "vqvae:resample=0.5"])
+def test_the_shipped_purifiers_say_how_often_their_networks_run(name, capsys):
+    assert cli.main(["check", "--purifier", name, "--json"]) == cli.DONE
+    (checks,) = json.loads(capsys.readouterr().out).values()
+    (counted,) = [c for c in checks if c["id"] == "evaluations"]
+    assert counted["status"] == "pass"
