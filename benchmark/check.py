@@ -19,8 +19,9 @@ from benchmark.checkpoints import Need
 from benchmark.checks import Check, failures
 from benchmark.dataset import Dataset
 from benchmark.errors import RunError, UsageError
-from benchmark.plan import plan, stopwatch
+from benchmark.plan import plan
 from benchmark.preflight import accuracy_check, climb_check, correct, declared_check, integral_check, preflight
+from benchmark.price import stopwatch
 from benchmark.repeatable import make_repeatable
 from benchmark.views import View
 from purifiers import Defense, Purifier, Tape

@@ -23,7 +23,7 @@ from benchmark import bench, checkpoints, cli, data, evaluate, memory
 from benchmark import cell as cells
 from benchmark.cell import Cell, Incomplete
 from benchmark.errors import RunError
-from benchmark.plan import Price, duration, price
+from benchmark.price import Price, duration, price
 from benchmark.results import find_runs, read_run
 from benchmark.settings import Settings
 from purifiers import Defense, Noise, Purifier, Tape

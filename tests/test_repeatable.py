@@ -12,7 +12,7 @@ from PIL import Image
 from attacks._precision import PRECISIONS, get_tf32, set_tf32
 from benchmark import audit, cli
 from benchmark.cell import Cell
-from benchmark.plan import price
+from benchmark.price import price
 from benchmark.repeatable import make_repeatable
 from benchmark.settings import Settings
 from purifiers import Defense

@@ -139,7 +139,7 @@ def _beside(out: str) -> list[dict[str, Any]]:
 
 def _price(cell: Any) -> Any:
     """What a cell costs; None where nothing is left of it, or where it can't run, which shows when its turn comes."""
-    from benchmark.plan import price
+    from benchmark.price import price
 
     try:
         return price(cell)
@@ -149,7 +149,7 @@ def _price(cell: Any) -> Any:
 
 def _agree(hours: float, arguments: argparse.Namespace, device: str) -> None:
     """Refuse to begin what takes longer than was agreed to."""
-    from benchmark.plan import duration
+    from benchmark.price import duration
 
     most = arguments.max_hours
     if most is not None and not most >= 0:
@@ -165,7 +165,7 @@ def _agree(hours: float, arguments: argparse.Namespace, device: str) -> None:
 
 
 def plan(arguments: argparse.Namespace) -> int:
-    from benchmark.plan import duration, price, total
+    from benchmark.price import duration, price, total
 
     if arguments.devices < 1:
         raise UsageError(f"--devices {arguments.devices}: at least one is needed")

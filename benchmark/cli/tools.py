@@ -173,7 +173,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 def train(arguments: argparse.Namespace) -> int:
     from benchmark import data, registry
     from benchmark.device import device_named
-    from benchmark.plan import duration
+    from benchmark.price import duration
     from benchmark.recipes import ordered, recipes
     from benchmark.train import paused, train
 
