@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,8 +13,9 @@ from attacks import PRECISIONS, Calls
 from attacks._calls import Request
 from attacks._gradient import ce
 from attacks._recompute import ROWS
-from benchmark import evidence, stats
+from benchmark import defenses, elsewhere, evidence, stats
 from benchmark.checks import Check
+from benchmark.errors import RunError
 from benchmark.grades import MARGIN
 from benchmark.verdict import classes
 from purifiers import Tape
@@ -31,14 +33,17 @@ FEWEST = 10
 
 
 def afterwards(cell: Cell) -> list[Check]:
-    """Two questions about the first recorded adversarial images, after which their verdict should stand.
+    """Questions about the first recorded adversarial images, after which their verdict should stand.
 
     - ``verdict-again``: the verdict's own draws, of the images in another order and in calls of another size. A defense
       that remembers, that sees its neighbours, or that is another one in large calls answers otherwise.
     - ``attacker-hears-the-verdict``: fresh draws as the attack has them, with gradients where it takes them. A defense
       that tells the attacker from the judge is wrong for one and right for the other.
+    - ``verdict-elsewhere``: the verdict's draws again, of a defense built in a process of its own. One that
+      remembers outside of its modules, e.g. in a cache of its file, or that goes by the clock or by how often it was
+      asked, answers otherwise. Of the benchmark's own code nobody has to ask that.
 
-    Either fails where the verdict, paired over images, was better by more than 5 points and not by chance (``DOUBT``).
+    Each fails where the verdict, paired over images, was better by more than 5 points and not by chance (``DOUBT``).
     """
     done, ids = cell.folder.done(), cell.data.ids.tolist()
     rows = [p for p in range(cell.n) if ids[p] in done][: 2 * ROWS]
@@ -46,7 +51,10 @@ def afterwards(cell: Cell) -> list[Check]:
     x_adv = torch.from_numpy(np.array(stored[rows])).to(cell.device)
     y = cell.data.labels[rows].to(cell.device)
     heard = evidence.shares([done[ids[p]] for p in rows])
-    return [_again(cell, x_adv, y, rows, heard), _as_attacker(cell, x_adv, y, rows, heard)]
+    checks = [_again(cell, x_adv, y, rows, heard), _as_attacker(cell, x_adv, y, rows, heard)]
+    if elsewhere.others_code(cell):
+        checks.append(_elsewhere(cell, x_adv, y, rows, heard))
+    return checks
 
 
 def _again(cell: Cell, x_adv: Tensor, y: Tensor, rows: list[int], heard: np.ndarray) -> Check:
@@ -83,10 +91,30 @@ def _as_attacker(cell: Cell, x_adv: Tensor, y: Tensor, rows: list[int], heard: n
     )  # fmt: skip
 
 
+def _elsewhere(cell: Cell, x_adv: Tensor, y: Tensor, rows: list[int], heard: np.ndarray) -> Check:
+    """The verdict's draws in another process, where only these images were ever asked."""
+    name = "verdict-elsewhere"
+    if defenses.built_by_hand(asdict(cell.identity)):
+        return Check(name, "n/a", "", "", "it was built in Python: write file:PATH.py:Class to have it built anew")
+    try:
+        logits = elsewhere.logits(cell, x_adv, cell.data.ids[rows])
+    except RunError as error:
+        advice = "what the defense is built of has to be there in any process; then the same command asks again"
+        return Check(name, "not run", str(error), "no fewer than in the verdict", advice)
+    return _same(
+        name, _right(logits, y.cpu(), cell.draws), heard,
+        "it answers otherwise in a process of its own: keep no state outside the module, e.g. in a cache of the file, "
+        "and go neither by the clock nor by how often it was asked",
+    )  # fmt: skip
+
+
 def _share(calls: Calls, request: Request, y: Tensor) -> np.ndarray:
+    return _right(calls.ask(request).logits, y, request.draws)
+
+
+def _right(logits: Tensor, y: Tensor, draws: int) -> np.ndarray:
     """The share of correct draws per image."""
-    said = classes(calls.ask(request).logits).unflatten(0, (-1, request.draws))
-    return (said == y[:, None]).double().mean(1).cpu().numpy()
+    return (classes(logits).unflatten(0, (-1, draws)) == y[:, None]).double().mean(1).cpu().numpy()
 
 
 def _same(name: str, share: np.ndarray, heard: np.ndarray, advice: str) -> Check:

@@ -67,6 +67,7 @@ class Cell:
         self.n = s.images
         described = defenses.describe(defense)
         self.told = defenses.told(described)
+        self.need: checkpoints.Need | None = getattr(defense, "need", None)  # of one that was built by specs
         given, self.defense = defense, self._readied(defense, described["names"]["purifier"])
         self.stochastic = self.defense.stochastic
         spec = registry.parse(attack)

@@ -64,6 +64,7 @@ def made(shelf: checkpoints.Shelf, purifier: str, classifier: str, need: Any, co
     }
     defense.as_described = _stamps(defense)  # type: ignore[assignment]
     defense.accuracy = f.accuracy  # type: ignore[assignment]
+    defense.need = need  # type: ignore[assignment]
     return defense
 
 

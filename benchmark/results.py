@@ -87,10 +87,11 @@ class Run:
             self._room(n, shape)
 
     def pending(self) -> bool:
-        """Whether all that was left to do is to ask the defense again, when the process ended."""
+        """Whether all that is left to do is to ask the defense again: the process ended before, or none answered."""
         path = self.folder / "run.json"
         found = read_json(path) if path.exists() and (self.folder / "adversarial.npy").exists() else {}
-        return found.get("afterwards", ()) is None and bool(self.done())
+        asked = found.get("afterwards", ())
+        return (asked is None or any(one["status"] == "not run" for one in asked)) and bool(self.done())
 
     def discard(self) -> None:
         """Remove what was opened, holds no finished example, and is no other process's place of work."""
