@@ -72,21 +72,21 @@ def evaluate(
     """
     from dataclasses import fields
 
-    from benchmark import defenses, registry  # heavy: torch
+    from benchmark import defenses, specs  # heavy: torch
     from benchmark.cell import Cell
-    from benchmark.errors import UsageError
+    from benchmark.errors import UsageError, unknown
     from benchmark.grades import EVERYTHING
     from benchmark.settings import Settings
 
     known = [field.name for field in fields(Settings)]
     if wrong := [key for key in settings if key not in known]:
-        raise UsageError(registry.unknown("setting", wrong[0], known))
+        raise UsageError(unknown("setting", wrong[0], known))
     if attack == EVERYTHING:
         raise UsageError(
             f"attack={attack!r} stands for several: evaluate each of benchmark.grades.asked(stochastic, budget) with "
             "the same out, and python -m benchmark report OUT shows them together"
         )
-    if not isinstance(attack, str) or len(registry.split(attack)) > 1:
+    if not isinstance(attack, str) or len(specs.split(attack)) > 1:
         raise UsageError(
             f"attack={attack!r}: one spec at a time; evaluate each with the same out, and python -m benchmark report "
             "OUT gives their worst case"

@@ -27,7 +27,7 @@ from attacks._calls import Request, Search
 from attacks._gradient import ce
 from attacks._recompute import footprint
 from attacks._views import Exact, View
-from benchmark import checkpoints, data, evidence, memory, registry, stats
+from benchmark import checkpoints, data, evidence, memory, specs, stats
 from benchmark.alone import Alone, Network
 from benchmark.cell import Cell
 from benchmark.checks import Check
@@ -67,7 +67,7 @@ class Bench:
             raise UsageError(f"--batch-size and --repetitions are at least 1, got {rows} and {repetitions}")
         self.purifier, self.classifier, self.rows, self.repetitions = purifier, classifier, rows, repetitions
         self.device, self.dataset = torch.device(device), dataset
-        spec = registry.parse(purifier)
+        spec = specs.parse(purifier)
         if "steps" in spec.options:
             raise UsageError(f"--purifier {purifier}: bench sets steps itself, to {', '.join(map(str, LENGTHS))}")
         roots = (Path(weights),) if weights else ()
@@ -107,8 +107,8 @@ class Bench:
 
     def defense(self, **options: Any) -> Defense:
         """The defense with some options of the purifier set."""
-        spec = registry.parse(self.purifier)
-        text = str(registry.Spec(spec.name, spec.argument, spec.options | options))
+        spec = specs.parse(self.purifier)
+        text = str(specs.Spec(spec.name, spec.argument, spec.options | options))
         g = self.shelf.build("purifiers", text, self.need)
         f = self.shelf.build("classifiers", self.classifier, self.need)
         return Defense(g.module, f.module).to(self.device)

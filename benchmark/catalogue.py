@@ -8,11 +8,11 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from benchmark import checkpoints, config, data, registry, zoo
+from benchmark import checkpoints, config, constructors, data, registry, specs, zoo
 from benchmark.checkpoints import Need
 from benchmark.dataset import FORMS, SPLITS
-from benchmark.errors import UsageError
-from benchmark.registry import Spec, show
+from benchmark.errors import UsageError, unknown
+from benchmark.specs import Spec, show
 
 SECTION = re.compile(r"^(?:Args|Raises|Attributes|Returns):\n(?:(?: {4}.*)?(?:\n|$))*", re.M)
 """A section of a docstring, which a page has words of its own for or leaves out."""
@@ -43,12 +43,12 @@ def entry(kind: str, text: str, need: Need) -> dict[str, Any]:
     if kind in ("datasets", "budgets") or text.partition(":")[0] in zoo.ZOOS:
         known = {e["name"]: e for e in entries(kind, need)}
         if text not in known:
-            raise UsageError(registry.unknown(kind[:-1], text, list(known)))
+            raise UsageError(unknown(kind[:-1], text, list(known)))
         found = known[text]
         if kind == "datasets":
             documented = data.reader(text)
     else:
-        spec = checkpoints.named(registry.parse(text))
+        spec = checkpoints.named(specs.parse(text))
         found = _attack(spec) if kind == "attacks" else _component(kind, spec, need)
         documented = registry.described(kind, found.get("component", spec.name), spec.argument)
     text = SECTION.sub("", inspect.getdoc(documented) or "") if documented else ""
@@ -181,7 +181,7 @@ def _named(spec: Spec, component: Any) -> dict[str, Any]:
 
 
 def _options(component: Any, spec: Spec, defaults: Mapping[str, Any] | None = None) -> dict[str, str]:
-    return {k: show(v) for k, v in registry.resolve(component, spec, defaults).items()}
+    return {k: show(v) for k, v in constructors.resolve(component, spec, defaults).items()}
 
 
 def _training(recipe: dict[str, Any]) -> dict[str, str]:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from attacks import NORMS, PRECISIONS, Attack, NotApplicable, ThreatModel
 from attacks._copies import copied
 from attacks._recompute import ROWS, Footprint, footprint
-from benchmark import checkpoints, config, defenses, evidence, memory, registry, report
+from benchmark import checkpoints, config, constructors, defenses, evidence, memory, registry, report, specs
 from benchmark.dataset import Dataset
 from benchmark.engine import BLOCK, Engine, Incomplete
 from benchmark.environment import environment
-from benchmark.errors import NotApplicableError, RunError, UsageError
+from benchmark.errors import NotApplicableError, RunError, UsageError, raised, unknown
 from benchmark.gate import check_afterwards, check_defense, check_past, check_shapes
 from benchmark.plan import Plan, plan
 from benchmark.repeatable import make_repeatable
@@ -70,15 +70,15 @@ class Cell:
         self.need: checkpoints.Need | None = getattr(defense, "need", None)  # of one that was built by specs
         given, self.defense = defense, self._readied(defense, described["names"]["purifier"])
         self.stochastic = self.defense.stochastic
-        spec = registry.parse(attack)
+        spec = specs.parse(attack)
         component: Any = registry.load("attacks", spec.name, spec.argument)
-        spec = registry.Spec(spec.name, getattr(component, "name", None) or spec.argument, spec.options)
+        spec = specs.Spec(spec.name, getattr(component, "name", None) or spec.argument, spec.options)
         self.select = chosen.select if self.stochastic else 1
         self.draws = (chosen.draws if s.draws is None else s.draws) if self.stochastic else 1
         if self.draws < 1:
             raise UsageError(f"--draws {self.draws}: at least one draw is needed")
         self.threat = self._threat(attack, component)
-        source = registry.resolve(component, spec).get("source")  # an attack that transfers names its attacker
+        source = constructors.resolve(component, spec).get("source")  # an attack that transfers names its attacker
         g = self._other(source or s.attacker)
         self.attacker = self._attacking(given, g) if g else self.defense
         self.drawing = self.stochastic or self.attacker.stochastic  # whether draws differ in the attack's loop
@@ -106,7 +106,7 @@ class Cell:
             weights=weights,
             copies=self.defense.copies,
             combine=self.defense.combine,
-            attack=str(registry.Spec(spec.name, spec.argument, _named(component, options))),
+            attack=str(specs.Spec(spec.name, spec.argument, _named(component, options))),
             norm=self.threat.norm,
             eps=config.eps_text(self.threat.eps),
             view=str(self.view),
@@ -139,7 +139,7 @@ class Cell:
         try:
             tame = defenses.tamed(given.to(self.device), self.data.images(slice(0, 8)).to(self.device))
         except Exception as error:  # whatever a module raises that is called for the first time
-            raise UsageError(f"the purifier {name} raised {registry.raised(error)}") from error
+            raise UsageError(f"the purifier {name} raised {raised(error)}") from error
         return _laid_out(tame.to(self.device), self.settings, given, "", self.told)
 
     def _threat(self, attack: str, component: Any) -> ThreatModel:
@@ -175,7 +175,7 @@ class Cell:
         told = f"{self.told} {other.weights}"
         return _laid_out(attacker.to(self.device), self.settings, given, str(other.spec), told)
 
-    def _searching(self, text: str, spec: registry.Spec, component: Any, options: dict[str, Any]) -> Attack:
+    def _searching(self, text: str, spec: specs.Spec, component: Any, options: dict[str, Any]) -> Attack:
         """The attack; one that takes a gradient makes the view one that fits the attacker."""
         try:
             attack: Attack = component(**options)
@@ -191,7 +191,7 @@ class Cell:
         """The attack's full name: with the options that were told and it doesn't show, and what else isn't usual."""
         display = self.attack.display(self.drawing)
         if hidden := {k: v for k, v in told.items() if k not in self.attack.shown}:
-            display += f" [{', '.join(f'{k}={registry.show(v)}' for k, v in hidden.items())}]"
+            display += f" [{', '.join(f'{k}={specs.show(v)}' for k, v in hidden.items())}]"
         if self.package:
             display = display.replace(self.package, f"{self.package} {version(self.package)}")
         if self.identity.precision != "float32":
@@ -399,7 +399,7 @@ class Cell:
 
 def _named(component: Any, options: dict[str, Any]) -> dict[str, Any]:
     """The options of an attack that its identity names."""
-    usual, later = registry.options(component), getattr(component, "later", ())
+    usual, later = constructors.options(component), getattr(component, "later", ())
     quiet = [name for name in later if name in options and options[name] == usual[name].default]
     return {name: value for name, value in options.items() if name not in quiet}
 
@@ -416,9 +416,9 @@ def _check(settings: Settings, device: torch.device) -> None:
         UsageError: for a norm or precision that isn't one, or not on this device; for rows of no whole groups.
     """
     if settings.norm is not None and settings.norm not in NORMS:
-        raise UsageError(registry.unknown("norm", settings.norm, sorted(NORMS)))
+        raise UsageError(unknown("norm", settings.norm, sorted(NORMS)))
     if settings.precision not in PRECISIONS:
-        raise UsageError(registry.unknown("precision", settings.precision, list(PRECISIONS)))
+        raise UsageError(unknown("precision", settings.precision, list(PRECISIONS)))
     try:
         PRECISIONS[settings.precision]().context(device.type)
     except ValueError as error:

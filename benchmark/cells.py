@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from benchmark import checkpoints, config, registry
+from benchmark import checkpoints, config, registry, specs
 from benchmark.cell import Cell
 from benchmark.dataset import Dataset
 from benchmark.defenses import made
@@ -46,7 +46,7 @@ def grid(
         if text == "all":
             lists.append(_attacks(settings) if kind == "attacks" else checkpoints.at_hand(kind, need))
         else:
-            lists.append(list(dict.fromkeys(s for item in registry.expand(text) for s in registry.split(item))))
+            lists.append(list(dict.fromkeys(s for item in specs.expand(text) for s in specs.split(item))))
         if not lists[-1]:
             raise UsageError(f"no {kind} are named: --{kind.removesuffix('s')} {text!r}")
     if settings.name and len(lists[0]) > 1:

@@ -14,11 +14,11 @@ from attacks import View as GradientView
 from attacks._calls import Request
 from attacks._gradient import ce, margin
 from attacks._views import Exact
-from benchmark import checkpoints, config, defenses, registry
+from benchmark import checkpoints, config, defenses, registry, specs
 from benchmark.checkpoints import Need
 from benchmark.checks import Check, failures
 from benchmark.dataset import Dataset
-from benchmark.errors import RunError, UsageError
+from benchmark.errors import RunError, UsageError, raised, unknown
 from benchmark.plan import plan
 from benchmark.preflight import accuracy_check, climb_check, correct, declared_check, integral_check, preflight
 from benchmark.price import stopwatch
@@ -55,9 +55,7 @@ def component(kind: str, spec: str, need: Need, images: Dataset, judge: str | No
     except (UsageError, RunError):
         raise
     except Exception as error:  # whatever a newcomer's code raises
-        return [
-            Check("runs", "fail", registry.raised(error), "no error", "mend this first; the other checks follow it")
-        ]
+        return [Check("runs", "fail", raised(error), "no error", "mend this first; the other checks follow it")]
 
 
 def purifier(spec: str, need: Need, images: Dataset, judge: str | None = None) -> list[Check]:
@@ -120,7 +118,7 @@ def classifier(spec: str, need: Need, images: Dataset) -> list[Check]:
 
 def attack(spec: str, need: Need, images: Dataset) -> list[Check]:
     """An attack on a linear model, whose exact optimum is known, and on a noisy copy of it."""
-    parsed = registry.parse(spec)
+    parsed = specs.parse(spec)
     component = registry.load("attacks", parsed.name, parsed.argument)
     options, _ = config.attack_options(parsed, component, config.BUDGETS["quick"], stochastic=True)
     try:
@@ -128,7 +126,7 @@ def attack(spec: str, need: Need, images: Dataset) -> list[Check]:
     except ValueError as error:
         raise UsageError(f"{parsed.name}: {error}") from error
     if need.norm not in NORMS:
-        raise UsageError(registry.unknown("norm", need.norm, sorted(NORMS)))
+        raise UsageError(unknown("norm", need.norm, sorted(NORMS)))
     norm = need.norm if need.norm in made.norms else made.norms[0]
     model = Linear(need.form.shape, max(need.form.classes, 3), two=True).to(images.device)
     x = 0.25 + 0.5 * images.images(FEW)
@@ -269,7 +267,7 @@ def _cost(defense: Defense, view: GradientView, images: Dataset) -> list[Check]:
     for name in ("quick", "paper"):
         budget = config.BUDGETS[name]
         component = registry.load("attacks", "autoattack")
-        options, _ = config.attack_options(registry.Spec("autoattack"), component, budget, defense.stochastic)
+        options, _ = config.attack_options(specs.Spec("autoattack"), component, budget, defense.stochastic)
         made = component(**options)
         draws, select = (budget.draws, budget.select) if defense.stochastic else (1, 1)
         cost = plan(made, stochastic=defense.stochastic, nfe=defense.nfe, n=budget.n, select=select, draws=draws)

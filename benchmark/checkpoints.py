@@ -20,14 +20,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from benchmark import registry, zoo
+from benchmark import constructors, registry, specs, zoo
 from benchmark.dataset import FORMS, Form
-from benchmark.errors import UsageError
+from benchmark.errors import UsageError, raised, unknown
 from benchmark.fetch import Remote, network, obtain, sha256
 from benchmark.fingerprint import fingerprint
 from benchmark.layouts import LAYOUTS
 from benchmark.recipes import COMPACT, recipes
-from benchmark.registry import Spec
+from benchmark.specs import Spec
 
 SHIPPED = Path(__file__).parent / "weights"
 
@@ -145,7 +145,7 @@ def build(kind: str, text: str | Spec, need: Need, *, hollow: bool = False) -> C
     Raises:
         UsageError: for an unknown name or option, a value out of range, missing or altered weights.
     """
-    spec = registry.parse(text) if isinstance(text, str) else text
+    spec = specs.parse(text) if isinstance(text, str) else text
     if kind == "classifiers" and spec.name in zoo.ZOOS:
         return _from_zoo(spec, need)
     spec = named(spec)
@@ -157,15 +157,15 @@ def build(kind: str, text: str | Spec, need: Need, *, hollow: bool = False) -> C
     if not path and spec.name != "file" and spec.name not in registry.names(kind):
         others = sorted(other.name for other in SHIPPED.glob("*") if spec.name in cards(other.name))
         hint = f"{spec.name} has weights for {', '.join(others)}, not for {family}; " if others else ""
-        raise UsageError(hint + registry.unknown(kind[:-1], spec.name, names(kind, family, need.roots)))
+        raise UsageError(hint + unknown(kind[:-1], spec.name, names(kind, family, need.roots)))
     component = registry.load(kind, card.get("component", spec.name), spec.argument)
-    options = registry.resolve(component, spec, card.get("options"))
-    trained = registry.resolve(component, Spec(spec.name), card.get("options")) if card else options
+    options = constructors.resolve(component, spec, card.get("options"))
+    trained = constructors.resolve(component, Spec(spec.name), card.get("options")) if card else options
     for option in getattr(component, "as_trained", ()):
         if options[option] != trained[option]:
             others = [n for n in cards(family, need.roots) if n.startswith(card["component"])]
             raise UsageError(
-                f"{spec}: its network was trained with {option}={registry.show(trained[option])}; for another value "
+                f"{spec}: its network was trained with {option}={specs.show(trained[option])}; for another value "
                 f"take the card of one that was trained with that: {', '.join(sorted(others))}"
             )
     sizes = (shape, card.get("size", "tiny")) + ((classes,) if kind == "classifiers" else ())
@@ -182,11 +182,11 @@ def build(kind: str, text: str | Spec, need: Need, *, hollow: bool = False) -> C
     try:
         module: nn.Module = component(*fresh.values(), **options)
     except ValueError as error:
-        raise UsageError(f"{registry.head(spec)}: {error}") from error
+        raise UsageError(f"{specs.head(spec)}: {error}") from error
     except Exception as error:
         if spec.name != "file":
             raise
-        raise UsageError(f"{spec}: {spec.argument} raised {registry.raised(error)}") from error
+        raise UsageError(f"{spec}: {spec.argument} raised {raised(error)}") from error
     if not isinstance(module, nn.Module):
         raise UsageError(f"{spec}: {spec.argument} returned {type(module).__name__}, not a torch.nn.Module")
     if spec.name == "file" or not fresh and module.state_dict():  # it brought what it computes with
@@ -202,7 +202,7 @@ def named(spec: Spec) -> Spec:
     if "weights" not in spec.options or spec.name == "file":
         return spec
     options = dict(spec.options)
-    return Spec(f"{spec.name}-{registry.show(options.pop('weights'))}", spec.argument, options)
+    return Spec(f"{spec.name}-{specs.show(options.pop('weights'))}", spec.argument, options)
 
 
 def _remedy(kind: str, name: str, need: Need) -> str:
@@ -241,7 +241,7 @@ def remotes(text: str, need: Need) -> list[Remote]:
     Raises:
         UsageError: for an unknown name.
     """
-    spec = registry.parse(text)
+    spec = specs.parse(text)
     if spec.name in zoo.ZOOS:
         return in_zoo(spec, need)[0].files
     if card := cards(need.form.family, need.roots).get(named(spec).name):
@@ -251,7 +251,7 @@ def remotes(text: str, need: Need) -> list[Remote]:
     if spec.name == "file":
         registry.source(spec)
     elif spec.name not in known:
-        raise UsageError(registry.unknown("component with weights at hand", spec.name, sorted({*known, *zoo.ZOOS})))
+        raise UsageError(unknown("component with weights at hand", spec.name, sorted({*known, *zoo.ZOOS})))
     return []
 
 
@@ -264,7 +264,7 @@ def in_zoo(spec: Spec, need: Need) -> tuple[zoo.Model, dict[str, Any]]:
     function = zoo.ZOOS[spec.name]
     if spec.argument is None:
         raise UsageError(f"write {spec.name}:NAME; python -m benchmark list classifiers --dataset {need.form.family}")
-    options = registry.resolve(function, spec, {"threat": need.norm} if spec.name == "robustbench" else {})
+    options = constructors.resolve(function, spec, {"threat": need.norm} if spec.name == "robustbench" else {})
     return function(spec.argument, need.form, list(need.roots), **options), options
 
 

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from fractions import Fraction
 from math import isfinite
 
-from benchmark import registry
-from benchmark.errors import UsageError
-from benchmark.registry import Spec, show
+from benchmark import constructors
+from benchmark.errors import UsageError, unknown
+from benchmark.specs import Spec, show
 
 PROTOCOL = 1
 """Raised by hand when a change of code can move a number."""
@@ -64,7 +64,7 @@ def budget(name: str, device: str) -> Budget:
     if name == "auto":
         name = "quick" if device == "cpu" else "standard"
     if name not in BUDGETS:
-        raise UsageError(registry.unknown("budget", name, ["auto", *BUDGETS]))
+        raise UsageError(unknown("budget", name, ["auto", *BUDGETS]))
     return BUDGETS[name]
 
 
@@ -103,13 +103,13 @@ def attack_options(
 
     A deterministic defense needs one draw per gradient; ``eot`` is another default than the budget's.
     """
-    known = registry.options(component)
+    known = constructors.options(component)
     defaults = {k: v for k, v in chosen.attacks.get(spec.name, chosen.attacks["pgd"]).items() if k in known}
     if "eot" in known and not stochastic:
         defaults["eot"] = 1
     elif "eot" in known and eot is not None:
         defaults["eot"] = eot
-    resolved = registry.resolve(component, spec, defaults)
+    resolved = constructors.resolve(component, spec, defaults)
     return resolved, all(resolved[k] == v for k, v in defaults.items())
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from platformdirs import user_cache_path
 
-from benchmark import registry
+from benchmark import constructors, specs
 from benchmark.dataset import FORMS, SPLITS, Dataset, Form, Request
-from benchmark.errors import UsageError
+from benchmark.errors import UsageError, unknown
 from benchmark.loaders import LOADERS
 
 
@@ -78,7 +78,7 @@ def from_arrays(source: Any) -> Dataset:
 
 def part(text: str, split: str | None = None) -> str:
     """The spec of another split of a data set, or of what has splits."""
-    spec = registry.parse(text)
+    spec = specs.parse(text)
     options = {key: value for key, value in spec.options.items() if key != "split"}
     return str(replace(spec, options=options | ({} if split is None else {"split": split})))
 
@@ -95,17 +95,17 @@ def form(text: str, *, data_dir: str | None = None, offline: bool = False) -> Fo
     return load(text, data_dir=data_dir, offline=offline).form
 
 
-def _read(text: str) -> tuple[registry.Spec, dict]:
+def _read(text: str) -> tuple[specs.Spec, dict]:
     """A data set's spec and all its options."""
-    spec = registry.parse(text)
+    spec = specs.parse(text)
     if spec.name not in LOADERS:
-        raise UsageError(registry.unknown("dataset", spec.name, names()))
+        raise UsageError(unknown("dataset", spec.name, names()))
     takes_path = "path" in inspect.signature(LOADERS[spec.name]).parameters
     if spec.argument is not None and not takes_path:
         raise UsageError(f"{text}: {spec.name} takes no argument; options are written {spec.name}:split=validation")
     if spec.argument is None and takes_path:
         raise UsageError(f"{text!r} names no place: write {spec.name}:PATH")
-    options = registry.resolve(LOADERS[spec.name], spec)
+    options = constructors.resolve(LOADERS[spec.name], spec)
     if options["split"] not in SPLITS:
         raise UsageError(f"{text}: a data set takes split=test, split=validation or split=train")
     return spec, options

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmark import checkpoints, data, registry
+from benchmark import checkpoints, data, specs
 from benchmark.dataset import Form
 from benchmark.errors import UsageError
 from benchmark.fetch import network
@@ -92,12 +92,12 @@ def built_by_hand(identity: dict[str, Any]) -> bool:
 def _named(module: nn.Module) -> str:
     """The class of a module and the numbers and words that its constructor took, written as a spec."""
     taken = inspect.signature(type(module).__init__).parameters
-    options: dict[str, registry.Value] = {
+    options: dict[str, specs.Value] = {
         key: value
         for key, value in vars(module).items()
         if key in taken and (isinstance(value, bool | int | float) or re.fullmatch(r"[\w.-]+", str(value)))
     }
-    return str(registry.Spec(type(module).__name__, None, options))
+    return str(specs.Spec(type(module).__name__, None, options))
 
 
 def _stamps(defense: Defense) -> list[tuple]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from attacks import Calls
 from attacks._calls import Request
 from attacks._recompute import ROWS
-from benchmark import defenses, registry
+from benchmark import defenses, registry, specs
 from benchmark.checkpoints import Need, Shelf
 from benchmark.dataset import Form
 from benchmark.errors import RunError, UsageError
@@ -34,8 +34,8 @@ def others_code(cell: Cell) -> bool:
     """Whether a part of the defense was written elsewhere: built in Python, of a file, or of another package."""
     if cell.need is None or defenses.built_by_hand(asdict(cell.identity)):
         return True
-    specs = {"purifiers": cell.identity.purifier, "classifiers": cell.identity.classifier}
-    parts = ((kind, registry.parse(text)) for kind, text in specs.items())
+    written = {"purifiers": cell.identity.purifier, "classifiers": cell.identity.classifier}
+    parts = ((kind, specs.parse(text)) for kind, text in written.items())
     return any(
         spec.name == "file" or registry.described(kind, spec.name).__module__.partition(".")[0] not in registry.OWN
         for kind, spec in parts

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmark import registry, stats
+from benchmark import registry, specs, stats
 from benchmark.errors import UsageError
 from benchmark.results import logits
 
@@ -206,7 +206,7 @@ def own(view: str, purifier: str) -> bool:
     if surrogate is None and view != "bpda":
         return view == "exact"
     try:
-        spec = registry.parse(purifier)
+        spec = specs.parse(purifier)
         component: Any = registry.described("purifiers", spec.name, spec.argument)
     except UsageError:
         return False
@@ -218,7 +218,7 @@ def own(view: str, purifier: str) -> bool:
 
 def attack_class(run: dict[str, Any]) -> Any:
     """The class of a run's attack; None if it isn't here, e.g. another machine's file."""
-    spec = registry.parse(run["identity"]["attack"])
+    spec = specs.parse(run["identity"]["attack"])
     try:
         return registry.described("attacks", spec.name, spec.argument)
     except UsageError:

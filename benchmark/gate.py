@@ -11,11 +11,11 @@ from torch import Tensor
 
 from attacks import PRECISIONS, Calls
 from attacks._recompute import ROWS
-from benchmark import defenses, registry
+from benchmark import defenses
 from benchmark.afterwards import afterwards
 from benchmark.checks import failures
 from benchmark.dataset import FORMS
-from benchmark.errors import RunError, UsageError
+from benchmark.errors import RunError, UsageError, raised
 from benchmark.preflight import accuracy_check, climb_check, declared_check, integral_check, preflight
 from benchmark.repeatable import make_repeatable
 from benchmark.results import logits
@@ -39,7 +39,7 @@ def check_shapes(cell: Cell) -> None:
             logits = cell.defense.classifier(x)
     except Exception as error:  # torch's own, of shapes that don't fit, or whatever a user's module raises
         raise UsageError(
-            f"{cell}: the classifier takes no images of shape {tuple(x.shape[1:])}: {registry.raised(error)}"
+            f"{cell}: the classifier takes no images of shape {tuple(x.shape[1:])}: {raised(error)}"
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         what = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__

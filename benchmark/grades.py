@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from attacks.pgd import WALKED
-from benchmark import config, evidence, registry, stats
+from benchmark import config, evidence, registry, specs, stats
 from benchmark.checks import Check
 from benchmark.files import reading
 
@@ -310,7 +310,7 @@ def _looking(norm: str) -> str:
 
 def _name(run: dict[str, Any]) -> str:
     """The attack's name, without its options."""
-    return registry.parse(run["identity"]["attack"]).name
+    return specs.parse(run["identity"]["attack"]).name
 
 
 def _option(run: dict[str, Any], name: str, default: float = 0) -> float:
@@ -320,7 +320,7 @@ def _option(run: dict[str, Any], name: str, default: float = 0) -> float:
 
 
 def _options(run: dict[str, Any]) -> dict[str, Any]:
-    return registry.parse(registry.completed("attacks", run["identity"]["attack"])).options
+    return specs.parse(registry.completed("attacks", run["identity"]["attack"])).options
 
 
 def _moves_nothing(run: dict[str, Any]) -> bool:

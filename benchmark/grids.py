@@ -8,7 +8,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from benchmark import evidence, registry, report
+from benchmark import evidence, registry, report, specs
 from benchmark.errors import UsageError
 from benchmark.grades import grades
 
@@ -65,16 +65,16 @@ def lines(runs: Iterable[dict[str, Any]], beside: Iterable[dict[str, Any]] = ())
     for (run, records, _, attacks), grade in zip(points, graded, strict=True):
         shared = {key: run["identity"][key] for key in evidence.CELL if key not in UNSHARED}
         shared |= {"ids": sorted(r["id"] for r in records)}
-        specs = {"": registry.parse(registry.completed("purifiers", run["identity"]["purifier"]))}
+        parts = {"": specs.parse(registry.completed("purifiers", run["identity"]["purifier"]))}
         if len(attacks) == 1:
-            specs["attack "] = registry.parse(attacks[0])
+            parts["attack "] = specs.parse(attacks[0])
         else:
             shared["attacks"] = attacks
         row = report.row(run, records, grade=grade.letter)
-        for axis, value in _numbers(specs, shared["eps"]).items():
+        for axis, value in _numbers(parts, shared["eps"]).items():
             rest = {key: value for key, value in shared.items() if key != axis}
             others = [
-                replace(s, options={k: v for k, v in s.options.items() if p + k != axis}) for p, s in specs.items()
+                replace(s, options={k: v for k, v in s.options.items() if p + k != axis}) for p, s in parts.items()
             ]
             key = json.dumps([axis, rest, *map(str, others)], sort_keys=True)
             along = found.setdefault(key, {})
@@ -88,19 +88,19 @@ def lines(runs: Iterable[dict[str, Any]], beside: Iterable[dict[str, Any]] = ())
 def _points(runs: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]], Members, list[str]]]:
     """Each attack, and each worst case, on each defense: a run, its records, and the runs and specs behind it."""
     for part in evidence.met(runs):
-        specs = [registry.completed("attacks", run["identity"]["attack"]) for run in part]
+        searches = [registry.completed("attacks", run["identity"]["attack"]) for run in part]
         for run, records in evidence.by_attack(part):
             if run["names"]["attack"] == evidence.WORST:
-                yield run, records, part, sorted(set(specs))
+                yield run, records, part, sorted(set(searches))
             else:
                 spec = registry.completed("attacks", run["identity"]["attack"])
-                yield run, records, [one for one, its in zip(part, specs, strict=True) if its == spec], [spec]
+                yield run, records, [one for one, its in zip(part, searches, strict=True) if its == spec], [spec]
 
 
-def _numbers(specs: dict[str, registry.Spec], eps: str) -> dict[str, Number]:
+def _numbers(parts: dict[str, specs.Spec], eps: str) -> dict[str, Number]:
     """What a line could run over: the radius and each option that is a quantity."""
     numbers: dict[str, Number] = {"eps": Fraction(eps)}
-    for prefix, spec in specs.items():
+    for prefix, spec in parts.items():
         kind = "attacks" if prefix else "purifiers"
         for option, value in spec.options.items():
             number = isinstance(value, int | float | Fraction) and not isinstance(value, bool)
@@ -109,7 +109,7 @@ def _numbers(specs: dict[str, registry.Spec], eps: str) -> dict[str, Number]:
     return numbers
 
 
-def _unset_at_zero(kind: str, spec: registry.Spec) -> tuple[str, ...]:
+def _unset_at_zero(kind: str, spec: specs.Spec) -> tuple[str, ...]:
     """Options of a component whose 0 is no quantity; of one that isn't here, none are known."""
     try:
         return getattr(registry.described(kind, spec.name, spec.argument), "unset_at_zero", ())
@@ -131,7 +131,7 @@ def _names(axis: str, names: dict[str, str], row: dict[str, Any]) -> tuple[str, 
 def _without(text: str, option: str) -> str:
     """A spec as it was named, without one of its options; a name that is none stays as it is."""
     try:
-        spec = registry.parse(text)
+        spec = specs.parse(text)
     except UsageError:
         return text
     return str(replace(spec, options={key: value for key, value in spec.options.items() if key != option}))

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 
 from benchmark.dataset import ASSETS, FORMS, VALIDATION, Dataset, Request
-from benchmark.errors import UsageError
+from benchmark.errors import UsageError, unknown
 from benchmark.pictures import decoded, folder, from_folders, named, parquet
-from benchmark.registry import unknown
 
 SYSTEM = Path("/usr/share/datasets")
 """Where Debian's data set packages put their files."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmark import evidence, registry, report, wording
+from benchmark import evidence, report, specs, wording
 from benchmark.config import BUDGETS, PROTOCOL
 from benchmark.gallery import ROWS, SHOWN
 from benchmark.grades import MEANING, grades
@@ -97,7 +97,7 @@ def _packed(run: dict[str, Any]) -> str:
 def _broken(run: dict[str, Any]) -> list[float]:
     """The share of images of which the attack's loop had seen no wrong draw, at the end of each of its iterations."""
     at = np.array([r["broken_at"] for r in run["records"]])
-    options = registry.parse(run["identity"]["attack"]).options
+    options = specs.parse(run["identity"]["attack"]).options
     length = max([int(at.max()), *(int(str(options[key])) for key in ("steps", "queries") if key in options)])
     shares = [round(float(((at < 0) | (at > k)).mean()), 4) for k in range(length + 1)]
     return shares[:: max(1, length // 100)]

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmark.dataset import FORMS, SPLITS, Dataset, Form, Request
-from benchmark.errors import UsageError
+from benchmark.errors import UsageError, unknown
 from benchmark.fetch import sha256
-from benchmark.registry import unknown
 
 CONTENTS = 2 << 30
 """Bytes of images in a folder up to which their contents are hashed."""

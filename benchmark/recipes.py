@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmark import registry
-from benchmark.errors import UsageError
+from benchmark.errors import UsageError, unknown
 
 RECIPES = Path(__file__).parent / "recipes.toml"
 LARGER = "cifar10"
@@ -113,7 +112,7 @@ def ordered(family: str, names: Iterable[str] | None = None) -> list[str]:
                 "weights in __init__: they are part of what identifies it"
             )
         if name not in known:
-            raise UsageError(registry.unknown(f"recipe for {family}", name, sorted(known)))
+            raise UsageError(unknown(f"recipe for {family}", name, sorted(known)))
     while left:
         ready = next(name for name in left if not known[name].needs & set(left))
         left.remove(ready)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from benchmark import registry
+from benchmark import registry, specs
 from benchmark.errors import UsageError
 
 CITED = re.compile(r"([A-Z][\w-]+)(?: and ([A-Z][\w-]+)| (et al\.))?,? (\d{4}) \(arXiv\s+(\d{4}\.\d{4,5})")
@@ -88,7 +88,7 @@ def _documents(run: dict[str, Any]) -> list[str]:
     """The docstrings of a run's components, and of what they are built on."""
     found: list[str] = []
     for kind in ("purifiers", "attacks", "classifiers"):
-        spec = registry.parse(run["identity"][kind[:-1]])
+        spec = specs.parse(run["identity"][kind[:-1]])
         try:
             component = registry.described(kind, spec.name, spec.argument)
         except UsageError:

@@ -3,116 +3,23 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import functools
 import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-import itertools
-import math
 import pkgutil
-import re
 import sys
-import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-from benchmark.errors import UsageError
+from benchmark import constructors, specs
+from benchmark.errors import UsageError, raised, unknown
 
 BASES = {"purifiers": "Purifier", "attacks": "Attack", "classifiers": "Classifier"}
 OWN = (*BASES, "benchmark")
 """The packages of the benchmark, whose version says what they are."""
-Value = int | float | Fraction | bool | str | list
-
-
-@dataclass(frozen=True)
-class Spec:
-    """``name[:argument][,key=value…]``: a component with options."""
-
-    name: str
-    argument: str | None = None
-    options: dict[str, Value] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        head = self.name if self.argument is None else f"{self.name}:{self.argument}"
-        pairs = [f"{key}={show(value)}" for key, value in sorted(self.options.items())]
-        if not pairs:
-            return head
-        return head + (":" if self.argument is None else ",") + ",".join(pairs)
-
-
-def show(value: Value | None) -> str:
-    """A value as a spec writes it."""
-    if isinstance(value, list | tuple):
-        return "+".join(show(v) for v in value)
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return repr(value) if isinstance(value, float) else str(value)
-
-
-def read(text: str) -> Value:
-    """A spec's value: int, float, fraction, bool, word, or a list joined by ``+``."""
-    if "+" in text.strip("+") and not re.fullmatch(r"[-+]?[\d.]+[eE]\+\d+", text):
-        return [read(item) for item in text.split("+")]
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for pattern, make in ((r"[-+]?\d+", int), (r"[-+]?\d+/\d+", Fraction)):
-        if re.fullmatch(pattern, text):
-            return make(text)
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def expand(text: str) -> list[str]:
-    """All readings of ``{a,b}`` alternatives: "vae:temperature={0,1}" is two specs."""
-    braces = re.search(r"\{([^{}]*)\}", text)
-    if not braces:
-        return [text]
-    heads = (text[: braces.start()] + option + text[braces.end() :] for option in braces.group(1).split(","))
-    return list(itertools.chain.from_iterable(expand(head) for head in heads))
-
-
-def split(text: str) -> list[str]:
-    """The specs of a comma-separated list; an item with "=" before any ":" belongs to the spec before it."""
-    specs: list[str] = []
-    for item in text.split(","):
-        head, colon, _ = item.partition(":")
-        continues = "=" in head if colon else "=" in item
-        if continues and specs:
-            specs[-1] += "," + item
-        else:
-            specs.append(item)
-    return [spec for spec in (s.strip() for s in specs) if spec]
-
-
-def parse(text: str) -> Spec:
-    """Read one spec.
-
-    Raises:
-        UsageError: if it isn't ``name[:argument][,key=value…]``.
-    """
-    head, *items = text.strip().split(",")
-    name, colon, rest = head.partition(":")
-    argument: str | None = rest if colon else None
-    if argument and re.match(r"^[\w-]+=", argument):
-        items, argument = [argument, *items], None
-    options: dict[str, Value] = {}
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not equals or not key or not value:
-            raise UsageError(f"{text!r}: expected key=value, got {item!r}; a spec is name[:argument][,key=value...]")
-        options[key.strip().replace("-", "_")] = read(value.strip())
-    if not name:
-        raise UsageError(f"{text!r} names no component; a spec is name[:argument][,key=value...]")
-    return Spec(name if name == "file" else name.replace("_", "-").lower(), argument or None, options)
 
 
 def names(kind: str) -> list[str]:
@@ -166,13 +73,15 @@ def completed(kind: str, text: str) -> str:
 
     Specs of components that aren't here stay as they are.
     """
-    spec = parse(text)
+    spec = specs.parse(text)
     try:
         component = described(kind, spec.name, spec.argument)
     except UsageError:
         return text
-    defaults = {k: p.default for k, p in options(component).items() if p.default is not inspect.Parameter.empty}
-    return str(Spec(spec.name, spec.argument, defaults | spec.options))
+    defaults = {
+        k: p.default for k, p in constructors.options(component).items() if p.default is not inspect.Parameter.empty
+    }
+    return str(specs.Spec(spec.name, spec.argument, defaults | spec.options))
 
 
 def described(kind: str, name: str, argument: str | None = None) -> type:
@@ -186,18 +95,7 @@ def described(kind: str, name: str, argument: str | None = None) -> type:
     return load(kind, name, argument)
 
 
-def raised(error: BaseException) -> str:
-    """What an exception says, and the line of code it came from."""
-    if isinstance(error, SyntaxError):
-        return f"{type(error).__name__}: {error}"
-    where = error.__traceback__
-    while where and where.tb_next:
-        where = where.tb_next
-    place = f" ({where.tb_frame.f_code.co_filename}:{where.tb_lineno})" if where else ""
-    return f"{type(error).__name__}: {error}{place}"
-
-
-def source(spec: Spec) -> dict[str, str]:
+def source(spec: specs.Spec) -> dict[str, str]:
     """The sha256 of a ``file:`` component's file and of those beside it that it imports: another text is another
     component. Empty for the rest."""
     if spec.name != "file":
@@ -222,93 +120,6 @@ def _with_imports(path: Path) -> list[Path]:
             beside = path.parent.joinpath(*name.split("."))
             found += [p for p in (beside.with_suffix(".py"), beside / "__init__.py") if p.is_file() and p not in found]
     return found
-
-
-def options(component: Callable) -> dict[str, inspect.Parameter]:
-    """The keyword-only parameters of a component's constructor, or of a function that makes one.
-
-    A constructor that hands ``**more`` to its base has the base's options too.
-    """
-    found: dict[str, inspect.Parameter] = {}
-    for constructor in _constructors(component):
-        parameters = inspect.signature(constructor).parameters.values()
-        found = {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY} | found
-        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
-            break
-    return found
-
-
-def resolve(component: Callable, spec: Spec, defaults: Mapping[str, Value] | None = None) -> dict[str, Any]:
-    """Every option of a component: the class's defaults, then a card's, then the spec's, each of the declared type.
-
-    Raises:
-        UsageError: for an option that the component doesn't have, or a value of the wrong type.
-    """
-    known = options(component)
-    chosen: dict[str, Any] = {k: p.default for k, p in known.items()} | dict(defaults or {})
-    for key, value in spec.options.items():
-        if key not in known:
-            hint = "; options are keyword-only: write a * before them" if key in _positional(component) else ""
-            raise UsageError(f"{head(spec)}: {unknown('option', key, sorted(known))}{hint}")
-        chosen[key] = _typed(value, _hint(component, known[key]), f"{head(spec)}: {key}")
-    if spec.name == "file" and (missing := [k for k, v in chosen.items() if v is inspect.Parameter.empty]):
-        raise UsageError(f"{spec}: {missing[0]} has no default; write file:{spec.argument},{missing[0]}=VALUE")
-    return chosen
-
-
-def head(spec: Spec) -> str:
-    """A spec without its options; of a file the file and its class."""
-    return str(replace(spec, options={})) if spec.name == "file" else spec.name
-
-
-def _positional(component: Callable) -> set[str]:
-    """The parameters of a constructor, or of a function, that no spec sets."""
-    parameters = (p for c in _constructors(component) for p in inspect.signature(c).parameters.values())
-    return {p.name for p in parameters if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD} - {"self"}
-
-
-def unknown(kind: str, name: str, known: list[str]) -> str:
-    """The message for a name that doesn't exist: the nearest ones, and the whole list."""
-    if ".py" in name:
-        return f"unknown {kind} {name!r}: a file is written file:{name.removesuffix('.py')}.py:Class"
-    near = difflib.get_close_matches(name, known, 3, 0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"unknown {kind} {name!r}; {hint}known: {', '.join(known) or 'none'}"
-
-
-def _constructors(component: Callable) -> list[Callable]:
-    """A component's own constructor and those of its bases, nearest first; a function is its own."""
-    if not inspect.isclass(component):
-        return [component]
-    return [inspect.unwrap(vars(c)["__init__"]) for c in component.__mro__ if "__init__" in vars(c)]
-
-
-def _hint(component: Callable, parameter: inspect.Parameter) -> Any:
-    """The type of an option; annotations are strings wherever a module postpones them."""
-    hint = parameter.annotation
-    if hint is inspect.Parameter.empty:
-        return type(parameter.default)
-    if not isinstance(hint, str):
-        return hint
-    owner = next(c for c in _constructors(component) if parameter.name in inspect.signature(c).parameters)
-    return eval(hint, owner.__globals__)  # type: ignore[attr-defined]
-
-
-def _typed(value: Value, hint: Any, what: str) -> Any:
-    """``value`` as the declared type, where that loses nothing."""
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UsageError(f"{what} takes a finite number, got {value}")
-    kinds = typing.get_args(hint) or (hint,)
-    if hint is object or any(
-        isinstance(value, k) and not (k is int and isinstance(value, bool)) for k in kinds if isinstance(k, type)
-    ):
-        return value
-    if float in kinds and isinstance(value, int | Fraction) and not isinstance(value, bool):
-        return float(value)
-    if Fraction in kinds and isinstance(value, int | float):
-        return Fraction(str(value))
-    wanted = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)
-    raise UsageError(f"{what} takes {wanted}, got {show(value)!r}")
 
 
 def base(kind: str) -> type:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmark import evidence, registry, stats
+from benchmark import evidence, specs, stats
 from benchmark.errors import UsageError
 from benchmark.evidence import JOIN
 from benchmark.grades import Grade, grades
@@ -153,7 +153,7 @@ def matched(runs: Iterable[dict[str, Any]], targets: Sequence[float]) -> list[di
     found = []
     families: dict[tuple, list[dict[str, Any]]] = {}
     for run in [run for run in runs if run["records"]]:
-        one, spec = row(run, run["records"]), registry.parse(run["identity"]["purifier"])
+        one, spec = row(run, run["records"]), specs.parse(run["identity"]["purifier"])
         name = f"file:{spec.argument}" if spec.name == "file" else spec.name
         families.setdefault((one["dataset"], name, one["classifier"]), []).append(one)
     for (_, name, _), settings in families.items():

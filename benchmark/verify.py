@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmark import config, defenses, evidence, registry, stats
+from benchmark import config, defenses, evidence, registry, specs, stats
 from benchmark.afterwards import afterwards
 from benchmark.cell import Cell
 from benchmark.checks import Check, failures
@@ -158,7 +158,7 @@ def _defense(run: dict[str, Any], cell: Cell) -> Check:
     for kind in ("purifier", "classifier"):
         # its author may call it as they like, but by no other's name
         called = names[kind].partition(":")[0].partition(",")[0]
-        if called in registry.names(f"{kind}s") and called != registry.parse(identity[kind]).name:
+        if called in registry.names(f"{kind}s") and called != specs.parse(identity[kind]).name:
             differing.append(f"names.{kind}")
     if _unversioned(names["display"]) != _unversioned(cell.names["display"]):
         differing.append("names.display")

@@ -9,8 +9,8 @@ from torch import nn
 
 from attacks import VIEWS
 from attacks import View as GradientView
-from benchmark import registry
-from benchmark.errors import UsageError
+from benchmark import constructors, specs
+from benchmark.errors import UsageError, unknown
 
 
 class View:
@@ -24,21 +24,21 @@ class View:
     """
 
     def __init__(self, text: str):
-        spec = registry.parse(text)
+        spec = specs.parse(text)
         self.auto = spec.name == "auto"
         if self.auto:
-            spec = registry.Spec("exact", spec.argument, spec.options)
+            spec = specs.Spec("exact", spec.argument, spec.options)
         if spec.name not in VIEWS:
-            raise UsageError(registry.unknown("view", spec.name, ["auto", *sorted(VIEWS)]))
+            raise UsageError(unknown("view", spec.name, ["auto", *sorted(VIEWS)]))
         noise = spec.options.pop("noise", "fresh")
         if noise not in ("fresh", "verdict"):
             raise UsageError(f"--view {text}: noise is fresh or verdict, got {noise!r}")
         self.foreknown = noise == "verdict"
-        options = registry.resolve(VIEWS[spec.name], spec)
+        options = constructors.resolve(VIEWS[spec.name], spec)
         if missing := [k for k, v in options.items() if v is inspect.Parameter.empty]:
             raise UsageError(f"--view {text} needs {', '.join(missing)}, e.g. {spec.name}:{missing[0]}=NAME")
         self.make = partial(VIEWS[spec.name], **options)
-        self.spec = registry.Spec(spec.name, None, options | ({"noise": noise} if self.foreknown else {}))
+        self.spec = specs.Spec(spec.name, None, options | ({"noise": noise} if self.foreknown else {}))
 
     def fitting(self, purifier: nn.Module) -> View:
         """The view that "auto" means for a purifier; any other is itself."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmark import registry
+from benchmark import specs
 from benchmark.grades import MEANING
 from benchmark.report import COLUMNS, RULES, Table
 
@@ -32,7 +32,7 @@ DATASETS = {
 
 def dataset(spec: str) -> str:
     """What a caption calls a data set: its family, where the spec names one; the protocol line has the spec."""
-    parsed = registry.parse(spec)
+    parsed = specs.parse(spec)
     family = str(parsed.options.get("family", parsed.name))
     split = f", {parsed.options['split']} images" if "split" in parsed.options else ""
     return DATASETS[family] + split if family in DATASETS else spec

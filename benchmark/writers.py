@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from benchmark import evidence, registry, report, wording
-from benchmark.errors import UsageError
+from benchmark import evidence, report, wording
+from benchmark.errors import UsageError, unknown
 from benchmark.latex import PACKAGES, latex, tabular
 from benchmark.report import COLUMNS, Table
 
@@ -33,7 +33,7 @@ def render(table: Table, form: str, *, columns: Sequence[str] = (), sort: str | 
         raise UsageError(f"--format {form}: known formats are {', '.join(FORMATS)}")
     for name in [*columns, *([sort.removeprefix("-")] if sort else [])]:
         if name not in COLUMNS:
-            raise UsageError(f"{registry.unknown('column', name, COLUMNS)}")
+            raise UsageError(f"{unknown('column', name, COLUMNS)}")
     if sort:
         table = _sorted(table, sort)
     if form == "latex":

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 from torch import nn
 
-from benchmark import data, registry
+from benchmark import data
 from benchmark.dataset import ASSETS, Form
-from benchmark.errors import UsageError
+from benchmark.errors import UsageError, unknown
 from benchmark.fetch import Remote
 from classifiers._pretrained import Pretrained
 
@@ -94,7 +94,7 @@ def robustbench(name: str, form: Form, roots: list[Path], *, threat: str = "Linf
     if name not in zoo:
         elsewhere = [t for d, t, n in figures if (d, n) == (form.family, name)]
         hint = f" ({name} is for {elsewhere[0]}: robustbench:{name},threat={elsewhere[0]})" if elsewhere else ""
-        raise UsageError(registry.unknown(f"RobustBench model for {form.family}, {threat}{hint}", name, sorted(zoo)))
+        raise UsageError(unknown(f"RobustBench model for {form.family}, {threat}{hint}", name, sorted(zoo)))
     drive = zoo[name].get("gdrive_id") or []  # an id, or one for each member of an ensemble
     first = Path(form.family) / threat / f"{name}.pt"
     paths = [first] if isinstance(drive, str) else [Path(f"{first}_m{i}.pt") for i in range(len(drive))]
@@ -171,7 +171,7 @@ def timm(name: str, form: Form, roots: list[Path]) -> Model:
         raise UsageError(f"timm:{name} needs the package timm: python -m pip install timm") from error
     known = library.list_models(pretrained=True)
     if name not in known:
-        near = registry.unknown("timm model with weights", name, known).split("known:")[0]
+        near = unknown("timm model with weights", name, known).split("known:")[0]
         raise UsageError(f"{near}there are {len(known):,}: timm.list_models(pretrained=True)")
     config = library.get_pretrained_cfg(name)
     _fits(f"timm:{name}", form, config.num_classes)
@@ -205,10 +205,10 @@ def torchvision(name: str, form: Form, roots: list[Path], *, weights: str = "DEF
 
     known = models.list_models(module=models)
     if name not in known:
-        raise UsageError(registry.unknown("torchvision model", name, known))
+        raise UsageError(unknown("torchvision model", name, known))
     choices = models.get_model_weights(name)
     if weights != "DEFAULT" and weights not in choices.__members__:
-        raise UsageError(registry.unknown(f"weights of {name}", weights, sorted(choices.__members__)))
+        raise UsageError(unknown(f"weights of {name}", weights, sorted(choices.__members__)))
     chosen = choices[weights]
     _fits(f"torchvision:{name}", form, len(chosen.meta["categories"]))
     file = chosen.url.rsplit("/", 1)[1]

@@ -21,7 +21,7 @@ settings.load_profile("steady")
 # before the first import of purifiers; the tower: an int will do for a float
 install_import_hook("purifiers", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
-from benchmark import registry  # noqa: E402
+from benchmark import constructors, registry  # noqa: E402
 from classifiers.resnet import ResNet  # noqa: E402
 from purifiers import Defense, Purifier, Tape  # noqa: E402
 from purifiers._denoiser import Embedding  # noqa: E402
@@ -118,7 +118,7 @@ def make(newcomer):
     def build(case: tuple[str, dict], shape: tuple[int, int, int] = SHAPE) -> Purifier:
         name, chosen = case[0], dict(case[1])
         component = registry.load("purifiers", name, newcomer if name == "file" else None)
-        options = registry.options(component)
+        options = constructors.options(component)
         steps = {"steps": 2} if "steps" in options else {}
         if "t_star" in options and options["t_star"].default == 1.0:
             steps["t_star"] = 0.3  # from noise alone an untrained network leaves the range, and a clamp has no gradient

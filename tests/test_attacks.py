@@ -16,7 +16,7 @@ from attacks import NORMS, VIEWS, Attack, AttackError, Calls, NotApplicable, Vic
 from attacks._gradient import margin
 from attacks._package import Model
 from attacks._views import Exact
-from benchmark import registry
+from benchmark import constructors, registry, specs
 from purifiers import Defense, Purifier, Tape
 from tests.conftest import SHAPE, Linear, classifier, images, undefended
 
@@ -34,14 +34,14 @@ N = 24
 
 
 def component_of(text: str) -> type:
-    spec = registry.parse(text)
+    spec = specs.parse(text)
     return registry.load("attacks", spec.name, spec.argument)
 
 
 def small(text: str, **chosen) -> Attack:
-    component, spec = component_of(text), registry.parse(text)
-    wanted = {k: v for k, v in (SMALL | chosen).items() if k in registry.options(component)}
-    return component(**registry.resolve(component, spec, wanted))
+    component, spec = component_of(text), specs.parse(text)
+    wanted = {k: v for k, v in (SMALL | chosen).items() if k in constructors.options(component)}
+    return component(**constructors.resolve(component, spec, wanted))
 
 
 def searching(cases: list[str]) -> list:
@@ -163,7 +163,7 @@ def test_an_attack_takes_every_view_and_attacker(name, view, make):
     else:
         victim.view = VIEWS[view](**({"gradient": "mean"} if view == "surrogate" else {}))
     attack = small(name, steps=2)
-    inside = registry.parse(name).name
+    inside = specs.parse(name).name
     if (inside == "diffattack" and view in ("bpda", "blind")) or (inside == "encoder" and view != "surrogate"):
         with pytest.raises(NotApplicable, match="needs a"):
             attack.perturb(x, y, victim, threat)
@@ -239,7 +239,7 @@ def test_natively_an_attack_reaches_the_optimum_of_a_linear_model(name, norm, sh
     # a candidate may aim at a class that is out of reach, or be Square's; the strongest is the optimum
     strongest = gained.amax(0)
     assert (strongest > 0.98).all() and (strongest <= 1 + 1e-4).all(), strongest
-    if norm == "Linf" and registry.parse(name).name in ("pgd", "apgd", "diffattack") and "targets" not in name:
+    if norm == "Linf" and specs.parse(name).name in ("pgd", "apgd", "diffattack") and "targets" not in name:
         assert torch.allclose(found.candidates, optimum.expand_as(found.candidates), rtol=0, atol=1e-6)
 
 
@@ -333,7 +333,7 @@ def test_the_name_in_tables_says_how_much_was_done(name):
     if name != "identity":
         assert full.display(True) != attack.display(True)
         assert re.search(r"10 it|12 queries", attack.display(True))
-        assert "EOT 2" in attack.display(True) or "eot" not in registry.options(component_of(name))
+        assert "EOT 2" in attack.display(True) or "eot" not in constructors.options(component_of(name))
 
 
 def test_autoattack_is_a_name_for_the_full_attack_only():
@@ -364,7 +364,7 @@ def test_attack_options_out_of_range_are_errors(name):
     }  # fmt: skip
     if component.__name__.startswith("TorchAttacks"):
         return  # the package's own affair
-    for key in wrong.keys() & registry.options(component).keys():
+    for key in wrong.keys() & constructors.options(component).keys():
         with pytest.raises(ValueError, match=key):
             component(**{key: wrong[key]})
 

@@ -8,7 +8,7 @@ import torch
 
 from attacks._gradient import ce
 from attacks._views import Exact, Surrogate
-from benchmark import registry
+from benchmark import constructors, registry
 from benchmark.preflight import Recording, RepeatedSite
 from purifiers import Batch, Defense, Tape
 from tests.conftest import CASES, SHAPE, classifier, images
@@ -139,7 +139,7 @@ def test_rounds_repeat_the_whole_with_noise_of_their_own(case, make):
 def test_the_dial_is_an_option_and_rounds_are_checked(case, make):
     purifier = make(case)
     if purifier.dial is not None:
-        assert purifier.dial in registry.options(type(purifier))
+        assert purifier.dial in constructors.options(type(purifier))
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
         make((case[0], case[1] | {"rounds": 0}))
 

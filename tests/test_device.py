@@ -13,7 +13,7 @@ from PIL import Image
 
 from attacks._gradient import ce
 from attacks._views import Exact
-from benchmark import audit, cli, evaluate, registry
+from benchmark import audit, cli, constructors, evaluate, registry
 from benchmark import train as training
 from benchmark.cell import Cell, Incomplete
 from benchmark.errors import UsageError
@@ -112,7 +112,7 @@ def test_the_losses_that_train_a_purifier(case, make):
 def small(attack: str) -> str:
     """The spec with few steps, draws and queries."""
     name, _, given = attack.partition(":")
-    known = registry.options(registry.load("attacks", name, given if name == "torchattacks" else None))
+    known = constructors.options(registry.load("attacks", name, given if name == "torchattacks" else None))
     options = [f"{k}={v}" for k, v in SMALL.items() if k in known and (name, k) != ("autoattack", "queries")]
     return f"{name}:{','.join([given] * bool(given) + options)}" if given or options else name
 

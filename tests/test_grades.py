@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmark import audit, cells, cli, config, evidence, grades, registry, report, stats
+from benchmark import audit, cells, cli, config, evidence, grades, report, specs, stats
 from benchmark.compact import compact
 from benchmark.settings import Settings
 from tests.synthetic import made
@@ -407,7 +407,7 @@ def test_the_attacks_called_graded_are_all_that_an_a_asks_for(budget, tmp_path):
         i, name = cell.identity, cell.names["purifier"]
         met[name].append(
             made(
-                0.5, purifier=name, attack=registry.parse(i.attack).name, spec=i.attack, budget=i.budget,
+                0.5, purifier=name, attack=specs.parse(i.attack).name, spec=i.attack, budget=i.budget,
                 draws=9 if cell.stochastic else 1, gradients=float(cell.attack.gradients(cell.drawing)),
             )
         )  # fmt: skip

@@ -12,7 +12,7 @@ from attacks import NORMS, VIEWS, Calls, NotApplicable, Victim
 from attacks._gradient import ce
 from attacks.diffattack import DiffAttack
 from attacks.encoder import Encoder
-from benchmark import evaluate, registry
+from benchmark import constructors, evaluate, registry
 from purifiers import Defense, Purifier, Tape
 from tests.conftest import classifier, images, undefended
 
@@ -101,7 +101,7 @@ def test_the_encoder_attack_asks_for_an_encoder(make):
             Encoder(eot=1, steps=1).perturb(
                 images(N), torch.arange(N), victim_of(Defense(make(case), classifier())), NORMS["Linf"](Fraction(1, 16))
             )
-    assert not {"random_start", "iterate", "loss"} & set(registry.options(Encoder))
+    assert not {"random_start", "iterate", "loss"} & set(constructors.options(Encoder))
 
 
 class Quantised(Purifier):

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmark import cli, evidence, plots, registry, report
+from benchmark import cli, evidence, plots, report, specs
 from benchmark.config import slug
 from benchmark.errors import UsageError
 from benchmark.grids import UNSHARED, lines
@@ -67,7 +67,7 @@ def grid() -> list[dict]:
 
     def at(kind: str, option: str, value: object, **identity: object) -> dict:
         run = copy.deepcopy(base)
-        spec = registry.parse(run["identity"][kind])
+        spec = specs.parse(run["identity"][kind])
         run["identity"] |= {kind: str(replace(spec, options=spec.options | {option: value}))} | identity
         run["names"][kind] += f":{option}={value}"
         return run

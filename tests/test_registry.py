@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from attacks import Attack
 from benchmark import registry
+from benchmark.constructors import options, resolve
 from benchmark.errors import UsageError
-from benchmark.registry import Spec, expand, load, names, options, parse, read, resolve, show, source, split
+from benchmark.registry import load, names, source
+from benchmark.specs import Spec, expand, parse, read, show, split
 from purifiers import Purifier
 
 NAMED = [(kind, name) for kind in registry.BASES for name in names(kind)]

@@ -13,7 +13,7 @@ import torchattacks
 from attacks import NORMS, VIEWS, Calls, Victim
 from attacks._gradient import margin
 from attacks.torchattacks import TorchAttacks
-from benchmark import cli, evaluate, registry
+from benchmark import cli, constructors, evaluate, registry
 from benchmark.errors import UsageError
 from purifiers import Defense, Tape
 from tests.conftest import classifier, images, undefended
@@ -56,7 +56,7 @@ def test_what_is_refused_and_why():
 def test_any_other_runs_inside_the_ball_and_repeats(name, sigma):
     shape = (3, 12, 12) if name in ("DIFGSM", "TIFGSM") else (3, 8, 8)
     component = registry.load("attacks", "torchattacks", name)
-    known = registry.options(component)
+    known = constructors.options(component)
     little = LITTLE | ({"steps": 10} if name == "EADEN" else {})  # it divides by a tenth of its iterations
     attack = component(**{k: p.default for k, p in known.items()} | {k: v for k, v in little.items() if k in known})
     model = classifier(shape).float()

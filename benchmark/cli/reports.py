@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmark import specs
 from benchmark.cli.common import DONE, FAILED
 from benchmark.cli.runs import cells_of
-from benchmark.errors import RunError, UsageError
+from benchmark.errors import RunError, UsageError, unknown
 
 
 def report(arguments: argparse.Namespace) -> int:
@@ -178,7 +179,6 @@ def _replays(arguments: argparse.Namespace, count: int, *, exactly: bool = True)
 
 
 def diagnose(arguments: argparse.Namespace) -> int:
-    from benchmark import registry
     from benchmark.diagnose import diagnosis, render, saved
 
     files = [Path(path) for path in arguments.paths if path.endswith(".json")]
@@ -189,10 +189,10 @@ def diagnose(arguments: argparse.Namespace) -> int:
     else:
         found = [diagnosis(replayed) for replayed in _replays(arguments, arguments.n_examples, exactly=False)]
     if arguments.only:
-        names = registry.split(arguments.only)
+        names = specs.split(arguments.only)
         known = [one["purifier"] for one in found]
         if missing := [name for name in names if name not in known]:
-            raise UsageError(registry.unknown("diagnosed purifier", missing[0], sorted(set(known))))
+            raise UsageError(unknown("diagnosed purifier", missing[0], sorted(set(known))))
         found = [one for name in names for one in found if one["purifier"] == name]
     if arguments.spectra:
         from benchmark.spectra import draw

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+from benchmark import specs
 from benchmark.cli.common import DONE, FAILED, INCOMPLETE, complain
 from benchmark.errors import NotApplicableError, RunError, UsageError
 
@@ -40,10 +41,9 @@ def settings_of(arguments: argparse.Namespace) -> Any:
 
 def cells_of(arguments: argparse.Namespace, settings: Any = None) -> Iterator[Any]:
     """The cells of a command line."""
-    from benchmark import registry
     from benchmark.cells import grid
 
-    views = [view for item in registry.expand(arguments.view) for view in registry.split(item)]
+    views = [view for item in specs.expand(arguments.view) for view in specs.split(item)]
     return grid(
         arguments.purifier, arguments.classifier, arguments.attack, arguments.dataset,
         [eps for text in arguments.eps for eps in text.split(",")] if arguments.eps else [None],

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 
+from benchmark import specs
 from benchmark.cli.common import DONE, FAILED, INCOMPLETE, complain, needed, print_findings
 from benchmark.cli.grammar import KINDS
 from benchmark.errors import UsageError
@@ -28,7 +29,7 @@ def purify(arguments: argparse.Namespace) -> int:
 def sample(arguments: argparse.Namespace) -> int:
     import torch
 
-    from benchmark import checkpoints, registry
+    from benchmark import checkpoints
     from benchmark.device import device_named
     from benchmark.repeatable import make_repeatable
     from benchmark.samples import samples
@@ -41,7 +42,7 @@ def sample(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--out {out}: name a PNG file in a folder that exists, e.g. samples.png")
     if arguments.count < 1:
         raise UsageError(f"--count must be at least 1, got {arguments.count}")
-    spec = registry.parse(arguments.purifier)
+    spec = specs.parse(arguments.purifier)
     if ignored := sorted(spec.options.keys() - {"weights"}) if spec.name != "file" else []:
         raise UsageError(f"{spec}: a sample shows the model, not how it purifies: leave out {', '.join(ignored)}")
     built = checkpoints.build("purifiers", spec, need)
@@ -136,14 +137,14 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def fetch(arguments: argparse.Namespace) -> int:
-    from benchmark import checkpoints, data, registry
+    from benchmark import checkpoints, data
     from benchmark.fetch import obtain
 
     if arguments.weights:
         Path(arguments.weights).mkdir(parents=True, exist_ok=True)
     need = needed(arguments)
     remotes = []
-    for text in [s for item in arguments.specs for e in registry.expand(item) for s in registry.split(e)]:
+    for text in [s for item in arguments.specs for e in specs.expand(item) for s in specs.split(e)]:
         remotes += checkpoints.remotes(text, need)
     if arguments.list:
         print("\n".join(map(str, remotes)) or "no file to fetch: all weights named are shipped")
@@ -171,7 +172,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    from benchmark import data, registry
+    from benchmark import data
     from benchmark.device import device_named
     from benchmark.price import duration
     from benchmark.recipes import ordered, recipes
@@ -179,7 +180,7 @@ def train(arguments: argparse.Namespace) -> int:
 
     out, device = Path(arguments.out), device_named(arguments.device)
     family = data.form(arguments.dataset, data_dir=arguments.data_dir).family
-    names = ordered(family, None if arguments.names == "all" else registry.split(arguments.names))
+    names = ordered(family, None if arguments.names == "all" else specs.split(arguments.names))
     known, unfinished = recipes(family), set[str]()
     for name in names:
         if len(names) > 1 and (out / family / name / "card.json").is_file():
