@@ -54,16 +54,17 @@ def grid(
     for p, c in itertools.product(*lists[:2]):
         defense = made(settings.shelf, p, c, need, copies, combine)
         one = dataclasses.replace(settings, eps=radii[0])
-        meets = [a for named in lists[2] for a in (_asked(defense, pool, one) if named == EVERYTHING else [named])]
+        known = _asked(defense, pool, one, specs.parse(p).name == "identity") if EVERYTHING in lists[2] else []
+        meets = [a for named in lists[2] for a in (known if named == EVERYTHING else [named])]
         for seed, view, eps, attack in itertools.product(seeds, views, radii, dict.fromkeys(meets)):
             yield Cell(defense, pool, attack, dataclasses.replace(settings, eps=eps, seed=seed, view=view))
 
 
-def _asked(defense: Defense, pool: Dataset, settings: Settings) -> list[str]:
+def _asked(defense: Defense, pool: Dataset, settings: Settings, bare: bool) -> list[str]:
     """The attacks that a grade asks for of this defense, under the threat model that was asked for, or Linf."""
     stochastic = Cell(defense, pool, "pgd", settings).stochastic
     budget = config.budget(settings.budget, torch.device(settings.device).type).name
-    return asked(stochastic, budget, settings.norm or "Linf")
+    return asked(stochastic, budget, settings.norm or "Linf", bare)
 
 
 def _attacks(settings: Settings) -> list[str]:

@@ -61,6 +61,8 @@ def grades(rows: Sequence[evidence.Row], runs: Iterable[dict[str, Any]]) -> list
     - ``headline``: PGD and AutoAttack are, on losses and in the version that are for such a defense; of a
       deterministic one AutoAttack; PGD alone under a norm that AutoAttack doesn't know.
     - ``looking``: a search that needs no gradient is; AutoAttack's standard version has one.
+    - ``transferred``: of a purifier, a search by the gradients of another defense, e.g. of the classifier alone, is: it
+      meets one that only hides where its own gradient leads (Athalye et al. 2018, arXiv 1802.00420).
     - ``longer``: one of the row's attacks, or of the others, takes the steps times draws per gradient of budget
       standard, or ``EFFORT`` times those that the row's and a quick attack take.
     - ``images``: the row is of 32 images or more.
@@ -80,26 +82,28 @@ def grades(rows: Sequence[evidence.Row], runs: Iterable[dict[str, Any]]) -> list
 
 def untried(grade: Grade) -> bool:
     """Whether attacks that the grade asks for didn't meet the defense."""
-    met = ("gradients", "headline", "looking")
+    met = ("gradients", "headline", "looking", "transferred")
     return any(
         check.status == "not run" if check.id in met else check.id == "longer" and check.status == "warn"
         for check in grade.checks
     )
 
 
-def asked(stochastic: bool, budget: str, norm: str = "Linf") -> list[str]:
+def asked(stochastic: bool, budget: str, norm: str = "Linf", bare: bool = False) -> list[str]:
     """The attacks that ``grades`` asks for, after which only what they find can cost a defense its A.
 
     A deterministic one meets PGD and the package's AutoAttack, which looks without gradients and is long enough at any
     budget; a stochastic one PGD as others publish it, AutoAttack's version for it, a search without gradients, and PGD
     with momentum and halved steps, which finds most of such a defense: twice as long where the budget is quick. Under a
-    norm that AutoAttack doesn't know every defense meets the rest.
+    norm that AutoAttack doesn't know every defense meets the rest. What fools the classifier alone is tried on each
+    but the ``bare`` one, which has no purifier.
     """
-    known = _knows("autoattack", norm)
+    known, transferred = _knows("autoattack", norm), ["transfer"] * (not bare)
     if known and not stochastic:
-        return ["pgd", "autoattack"]
+        return ["pgd", "autoattack", *transferred]
     longer = "" if budget in LARGE else f"steps={EFFORT * STEPS},"
-    return ["pgd", *["autoattack"] * known, _looking(norm), f"pgd:{longer}momentum=0.75,halving=true"]
+    rest = [_looking(norm), f"pgd:{longer}momentum=0.75,halving=true"]
+    return ["pgd", *["autoattack"] * known, *rest, *transferred]
 
 
 def letter(checks: Iterable[Check]) -> str:
@@ -158,6 +162,7 @@ def _grade(
             f"attack with --attack {_looking(run['identity']['norm'])}, too",
             "too few queries",
         ),
+        *_transferred(run, tried),
         _longer(members, searches, STEPS * (4 if run["stochastic"] else 1)),
         Check.of(
             "images", len(records) >= FEWEST, f"{len(records)}", FEWEST, "attack 32 images or more", bad="not run"
@@ -219,6 +224,16 @@ def _longer(members: Sequence[dict[str, Any]], searches: Sequence[dict[str, Any]
     return Check.of("longer", bool(long), value, expected, "attack with --budget standard, or longer", bad="warn")
 
 
+def _transferred(run: dict[str, Any], tried: Sequence[dict[str, Any]]) -> list[Check]:
+    """Whether what fools another defense was tried on this one; nothing to ask where there is no purifier."""
+    if _bare(run):
+        return []
+    others = [one for one in tried if _others(one)]
+    expected = f"{STEPS} steps over the whole ball by gradients of another defense"
+    advice, lacking = "attack with --attack transfer, too", "too short, or not of the whole ball"
+    return [_met("transferred", [one for one in others if _walks(one)], others, expected, advice, lacking)]
+
+
 def _whole(members: Sequence[dict[str, Any]]) -> list[Check]:
     notes = [
         note
@@ -263,14 +278,18 @@ def _searches(run: dict[str, Any]) -> bool:
     """Whether the attack searched the whole ball by gradients of the defense itself, for as long as counts."""
     attack = evidence.attack_class(run)
     blind = getattr(attack, "black_box", False) or getattr(attack, "restricted", False)
+    led = evidence.led(run)
+    leads = evidence.uncounted(run) if led is None else led >= LED
+    return _own(run) and not blind and leads and (_walks(run) or _standard(run))
+
+
+def _walks(run: dict[str, Any]) -> bool:
+    """Whether the attack took as many steps as count, as far as the radius at least."""
     steps, step_size = _option(run, "steps"), _option(run, "step_size") or _option(run, "alpha")
     halves, eps = _options(run).get("halving", False), float(Fraction(run["identity"]["eps"]))
     walked = step_size * steps * (WALKED if halves else 1)
     far = walked >= eps if step_size else halves or _option(run, "step", 1) >= 1
-    walks = steps >= STEPS and far  # as far as the radius, at least
-    led = evidence.led(run)
-    leads = evidence.uncounted(run) if led is None else led >= LED
-    return _own(run) and not blind and leads and (walks or _standard(run))
+    return bool(steps >= STEPS and far)
 
 
 def _by_the_book(run: dict[str, Any]) -> bool:
@@ -288,6 +307,16 @@ def _looks(run: dict[str, Any]) -> bool:
 
 def _own(run: dict[str, Any]) -> bool:
     return not run["identity"]["attacker"] and evidence.own(run["identity"]["view"], run["identity"]["purifier"])
+
+
+def _others(run: dict[str, Any]) -> bool:
+    """Whether the attack followed the gradients of another defense, or of the classifier alone."""
+    return _name(run) == "transfer" or bool(run["identity"]["attacker"]) or run["identity"]["view"] == "blind"
+
+
+def _bare(run: dict[str, Any]) -> bool:
+    """Whether the classifier stands alone."""
+    return specs.parse(run["identity"]["purifier"]).name == "identity"
 
 
 def _effort(run: dict[str, Any]) -> float:

@@ -30,21 +30,23 @@ def status(grade: grades.Grade, name: str) -> str:
 ALL = (
     made(0.5, attack="autoattack"),
     made(0.6, attack="square", gradients=0.0),
+    made(0.6, attack="transfer"),
     made(0.5, budget="standard", gradients=500.0),
 )
-"""What an A asks for beside PGD at 50 %: AutoAttack, a search that only looks, a longer one; none of them stronger."""
+"""What an A asks for beside PGD at 50 %: AutoAttack, a search that only looks, what fools the classifier alone, and a
+longer one; none of them stronger."""
 
 
 def test_an_a_needs_all_that_could_have_contradicted_it():
     run = made(0.5)
     assert graded(run, *ALL).letter == "A"
-    for k, name in {0: "headline", 1: "looking"}.items():
+    for k, name in {0: "headline", 1: "looking", 2: "transferred"}.items():
         grade = graded(run, *(one for j, one in enumerate(ALL) if j != k))
         assert grade.letter == "C" and status(grade, name) == "not run"
-    grade = graded(run, *ALL[:2])
+    grade = graded(run, *ALL[:3])
     assert grade.letter == "B" and status(grade, "longer") == "warn", "of AutoAttack's steps none is more than PGD's"
     twice = made(0.5, budget="custom", spec="pgd:eot=8,steps=20")
-    assert graded(run, *ALL[:2], twice).letter == "A"
+    assert graded(run, *ALL[:3], twice).letter == "A"
     assert graded(run | {"preflight": False}, *ALL).letter == "B"
     assert graded(run | {"mixed_environment": True}, *ALL).letter == "B"
     assert graded(made(0.5, noise="stream"), *ALL).letter == "B"
@@ -59,6 +61,9 @@ def test_what_hardly_tried_confirms_nothing():
         (0, made(1.0, attack="autoattack", n=20), "headline"),
         (1, made(0.6, attack="square", gradients=0.0, spec="square:queries=1"), "looking"),
         (1, made(0.6, attack="transfer", gradients=0.0), "looking"),
+        (2, made(0.6, attack="transfer", spec="transfer:steps=10"), "transferred"),
+        (2, made(0.6, attack="transfer", spec="transfer:step_size=0.001,steps=20"), "transferred"),
+        (2, made(0.6, seed=1), "transferred"),
     ):
         grade = graded(run, *(one for j, one in enumerate(ALL) if j != k), weak)
         assert grade.letter == "C" and status(grade, name) == "not run", weak["identity"]["attack"]
@@ -151,10 +156,10 @@ def test_halved_steps_reach_as_far_as_they_go():
 
 
 def test_a_search_that_images_leave_early_is_no_longer_one():
-    run, auto, looking = made(0.5), *ALL[:2]
+    run = made(0.5)
     for retire, letter in ((0, "A"), (16, "B")):
         longer = made(0.5, budget="custom", spec=f"pgd:eot=8,retire={retire},steps=20")
-        assert graded(run, auto, looking, longer).letter == letter
+        assert graded(run, *ALL[:3], longer).letter == letter
 
 
 def test_spsa_looks_as_often_as_it_asks():
@@ -265,7 +270,17 @@ def test_a_deterministic_defense_needs_autoattack_which_also_looks():
     run = made(0.5, draws=1)
     auto = made(0.5, draws=1, attack="autoattack", gradients=900.0)
     auto["names"]["display"] = "AutoAttack (standard, pyautoattack 0.2.0)"
-    assert graded(run, auto).letter == "A" and graded(auto).letter == "A" and graded(run).letter == "C"
+    transfer = made(0.6, draws=1, attack="transfer")
+    assert graded(run, auto, transfer).letter == graded(auto, transfer).letter == "A"
+    assert graded(run, transfer).letter == graded(run, auto).letter == "C"
+
+
+def test_what_fools_another_defense_is_tried_where_there_is_a_purifier():
+    blind, other = made(0.6, view="blind"), made(0.6, attacker="vae:rounds=1")
+    for run in (blind, other):
+        assert graded(made(0.5), *ALL[:2], run, ALL[3]).letter == "A"
+    bare = [made(0.5, purifier="identity", attack=attack) for attack in ("pgd", "autoattack", "square")]
+    assert "transferred" not in {check.id for check in graded(*bare).checks}
 
 
 def test_an_audit_beside_the_records_counts(tmp_path):
@@ -412,12 +427,12 @@ def test_the_attacks_called_graded_are_all_that_an_a_asks_for(budget, tmp_path):
             )
         )  # fmt: skip
         met[name][-1]["names"] |= {"display": cell.names["display"], "attack": i.attack}
-    assert {name: len(runs) for name, runs in met.items()} == {"identity": 2, "vae": 4}, "pgd is named twice, met once"
+    assert {name: len(runs) for name, runs in met.items()} == {"identity": 2, "vae": 5}, "pgd is named twice, met once"
     for runs in met.values():
         (row,) = evidence.headline(runs)
         (whole,) = grades.grades([row], runs)
         assert whole.letter == "A" and not grades.untried(whole)
-    for k in range(1, 3 + (budget == "quick")):
+    for k in {1, 2, 4} | ({3} if budget == "quick" else set()):
         without = [run for j, run in enumerate(met["vae"]) if j != k]
         (less,) = grades.grades(evidence.headline(without), without)
         assert less.letter in "BC" and grades.untried(less), met["vae"][k]["identity"]["attack"]
@@ -425,7 +440,7 @@ def test_the_attacks_called_graded_are_all_that_an_a_asks_for(budget, tmp_path):
 
 def test_a_longer_attack_within_a_worst_case_counts_as_longer():
     longer = made(0.5, budget="custom", spec="pgd:eot=8,steps=20")
-    runs = [made(0.5), *ALL[:2], longer]
+    runs = [made(0.5), *ALL[:3], longer]
     (row,) = evidence.headline(runs)
     assert longer in row[2] and grades.grades([row], runs)[0].letter == "A"
     (row,) = evidence.headline(runs[:3])
@@ -435,18 +450,20 @@ def test_a_longer_attack_within_a_worst_case_counts_as_longer():
 def test_what_takes_the_steps_of_a_larger_budget_is_long_enough():
     """Whatever its budget is called: with verdict draws of one's own it is "custom"."""
     long = {"budget": "custom", "gradients": 500.0}
-    runs = [made(0.5, spec="pgd:eot=10,steps=50", **long), *ALL[:2]]
+    runs = [made(0.5, spec="pgd:eot=10,steps=50", **long), *ALL[:3]]
     assert graded(*runs).letter == "A"
     short = made(0.5, spec="pgd:eot=10,steps=30", **long)
-    assert status(graded(short, *ALL[:2]), "longer") == "warn"
+    assert status(graded(short, *ALL[:3]), "longer") == "warn"
 
 
 def test_under_a_norm_that_autoattack_does_not_know_pgd_is_the_headline():
     moved = {"norm": "StAdv"}
     looks = made(0.6, attack="square", gradients=0.0, spec="spsa:samples=64,steps=20", **moved)
     longer = made(0.5, budget="standard", gradients=500.0, **moved)
-    grade = graded(made(0.5, **moved), looks, longer)
+    grade = graded(made(0.5, **moved), looks, longer, made(0.6, attack="transfer", **moved))
     assert grade.letter == "A" and not grades.untried(grade)
-    assert grades.untried(graded(made(0.5, **moved), longer)) and grades.untried(graded(made(0.5), *ALL[:2]))
+    assert grades.untried(graded(made(0.5, **moved), longer)) and grades.untried(graded(made(0.5), *ALL[:3]))
     assert not grades.untried(graded(made(0.5), *ALL))
-    assert grades.asked(False, "standard", "StAdv") == ["pgd", "spsa", "pgd:momentum=0.75,halving=true"]
+    longest = "pgd:momentum=0.75,halving=true"
+    assert grades.asked(False, "standard", "StAdv") == ["pgd", "spsa", longest, "transfer"]
+    assert grades.asked(False, "standard", "StAdv", bare=True) == ["pgd", "spsa", longest]
