@@ -112,7 +112,7 @@ def check_defense(cell: Cell) -> None:
         check if images is x else check._replace(id=f"{check.id}{NEAR}")
         for images in (x, near)
         for check in preflight(
-            cell.defense, view, images, y, ids, seed=cell.settings.seed, rows=32, attacker=cell.attacker
+            cell.defense, view, images, y, ids, seed=cell.settings.seed, rows=ROWS, attacker=cell.attacker
         )
     ]
     told = {check.id for check in checks if check.status in ("fail", "warn")}  # what fails at both is said once
@@ -129,7 +129,7 @@ def check_defense(cell: Cell) -> None:
     if (expected := getattr(cell.defense, "accuracy", None)) is not None:
         few = slice(0, min(KNOWN, len(cell.data)))
         x, y = cell.data.images(few).to(cell.device), cell.data.labels[few].to(cell.device)
-        checks.append(accuracy_check(cell.defense.classifier, x, y, expected, rows=32))
+        checks.append(accuracy_check(cell.defense.classifier, x, y, expected, rows=ROWS))
     if failed := failures(checks):
         cell.folder.discard()
         lines = "\n".join(f"  {c.id}: {c.value} (expected {c.threshold}): {c.advice}" for c in failed)

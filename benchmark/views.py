@@ -44,9 +44,10 @@ class View:
         """The view that "auto" means for a purifier; any other is itself."""
         if not self.auto or getattr(purifier, "differentiable", True):
             return self
-        noise = ",noise=verdict" if self.foreknown else ""
         surrogates = getattr(purifier, "surrogates", ())
-        return View(f"surrogate:gradient={surrogates[0]}{noise}" if surrogates else f"bpda:{noise[1:]}".rstrip(":"))
+        options = {"gradient": surrogates[0]} if surrogates else {}
+        noise = {"noise": "verdict"} if self.foreknown else {}
+        return View(str(specs.Spec("surrogate" if surrogates else "bpda", None, options | noise)))
 
     def __call__(self, keep: int | None) -> GradientView:
         return self.make(keep)
