@@ -29,17 +29,18 @@ from purifiers import Tape
 if TYPE_CHECKING:
     from benchmark.cell import Cell
 
+LIBRARIES = ("torch", "torchvision", "diffusers", "timm", "robustbench")
+"""The packages whose networks the benchmark loads."""
+
 
 def others_code(cell: Cell) -> bool:
-    """Whether a part of the defense was written elsewhere: built in Python, of a file, or of another package."""
-    if cell.need is None or defenses.built_by_hand(asdict(cell.identity)):
+    """Whether a part of the defense was written elsewhere: built in Python, of a file, or of a package unknown here."""
+    identity = cell.identity
+    if cell.need is None or defenses.built_by_hand(asdict(identity)):
         return True
-    written = {"purifiers": cell.identity.purifier, "classifiers": cell.identity.classifier}
-    parts = ((kind, specs.parse(text)) for kind, text in written.items())
-    return any(
-        spec.name == "file" or registry.described(kind, spec.name).__module__.partition(".")[0] not in registry.OWN
-        for kind, spec in parts
-    )
+    of_a_file = any(specs.parse(text).name == "file" for text in (identity.purifier, identity.classifier))
+    packages = {type(module).__module__.partition(".")[0] for module in cell.defense.modules()}
+    return of_a_file or not packages <= {*registry.OWN, *LIBRARIES}
 
 
 def logits(cell: Cell, x: Tensor, ids: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ import torch
 
 from attacks import NORMS, Calls
 from attacks._views import Exact
-from benchmark import afterwards, evaluate, grades, load, stats
+from benchmark import afterwards, elsewhere, evaluate, grades, load, stats
+from benchmark.config import Identity
 from benchmark.errors import RunError
 from benchmark.preflight import climb_check, declared_check, finite_difference_error
 from benchmark.results import read_run
@@ -141,7 +144,9 @@ def test_the_attacker_asks_again_in_its_own_precision(tmp_path):
 
 FILE = """
 import os
+from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from torch import stack
 from purifiers import Purifier
 class Plain(Purifier):
@@ -198,6 +203,22 @@ def test_what_cant_be_built_elsewhere_is_asked_again_by_the_same_command(by_name
     _, again, asked = by_name("Once")
     assert again == folder and (folder / "records.jsonl").read_bytes() == before
     assert asked["verdict-elsewhere"]["status"] == "pass"
+
+
+@pytest.mark.parametrize(
+    ("package", "purifier", "others"),
+    [("robustbench", "identity", False), ("timm", "identity", False), ("mine", "identity", True),
+     ("torch", "file:mine.py:Mine", True)],
+)  # fmt: skip
+def test_whose_code_it_is_goes_by_its_modules(package, purifier, others):
+    """Names of others' zoos are no components."""
+    net = type("Net", (torch.nn.Identity,), {"__module__": f"{package}.models"})()
+    told = load("identity", "resnet")
+    identity = Identity(**dict.fromkeys((f.name for f in fields(Identity)), "") | {
+        "purifier": purifier, "classifier": "robustbench:Standard,threat=Linf", "weights": {},
+    })  # fmt: skip
+    cell = SimpleNamespace(need=told.need, identity=identity, defense=Defense(told.purifier, net))
+    assert elsewhere.others_code(cell) == others
 
 
 def test_of_the_benchmarks_own_code_nobody_asks_that(tmp_path):
