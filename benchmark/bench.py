@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ class Bench:
     def defense(self, **options: Any) -> Defense:
         """The defense with some options of the purifier set."""
         spec = specs.parse(self.purifier)
-        text = str(specs.Spec(spec.name, spec.argument, spec.options | options))
+        text = str(replace(spec, options={**spec.options, **options}))
         g = self.shelf.build("purifiers", text, self.need)
         f = self.shelf.build("classifiers", self.classifier, self.need)
         return Defense(g.module, f.module).to(self.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -72,7 +73,7 @@ class Cell:
         self.stochastic = self.defense.stochastic
         spec = specs.parse(attack)
         component: Any = registry.load("attacks", spec.name, spec.argument)
-        spec = specs.Spec(spec.name, getattr(component, "name", None) or spec.argument, spec.options)
+        spec = replace(spec, argument=getattr(component, "name", None) or spec.argument)
         self.select = chosen.select if self.stochastic else 1
         self.draws = (chosen.draws if s.draws is None else s.draws) if self.stochastic else 1
         if self.draws < 1:
@@ -106,7 +107,7 @@ class Cell:
             weights=weights,
             copies=self.defense.copies,
             combine=self.defense.combine,
-            attack=str(specs.Spec(spec.name, spec.argument, _named(component, options))),
+            attack=str(replace(spec, options=_named(component, options))),
             norm=self.threat.norm,
             eps=config.eps_text(self.threat.eps),
             view=str(self.view),

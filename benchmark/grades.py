@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -348,7 +348,7 @@ def _option(run: dict[str, Any], name: str, default: float = 0) -> float:
     return float(value) if isinstance(value, int | float) else default
 
 
-def _options(run: dict[str, Any]) -> dict[str, Any]:
+def _options(run: dict[str, Any]) -> Mapping[str, Any]:
     return specs.parse(registry.completed("attacks", run["identity"]["attack"])).options
 
 

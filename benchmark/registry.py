@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -24,9 +25,13 @@ OWN = (*BASES, "benchmark")
 
 def names(kind: str) -> list[str]:
     """The components of a kind that files and installed packages offer."""
-    package = importlib.import_module(kind)
-    own = {m.name.replace("_", "-") for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_")}
-    return sorted(own | _plugins(kind, tuple(sys.path)).keys())
+    return list(_names(kind, tuple(importlib.import_module(kind).__path__), tuple(sys.path)))
+
+
+@functools.lru_cache
+def _names(kind: str, folders: tuple[str, ...], path: tuple[str, ...]) -> tuple[str, ...]:
+    own = {m.name.replace("_", "-") for m in pkgutil.iter_modules(folders) if not m.name.startswith("_")}
+    return tuple(sorted(own | _plugins(kind, path).keys()))
 
 
 @functools.lru_cache
@@ -56,7 +61,7 @@ def load(kind: str, name: str, argument: str | None = None) -> type:
     if name in plugins:
         component = plugins[name].load()
     else:
-        (component,) = _components(kind, importlib.import_module(f"{kind}.{name.replace('-', '_')}"))
+        component = _shipped(kind, name)
     if argument is None:
         return component
     if not hasattr(component, "of"):
@@ -65,6 +70,13 @@ def load(kind: str, name: str, argument: str | None = None) -> type:
         return component.of(argument)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+@functools.cache
+def _shipped(kind: str, name: str) -> type:
+    """The component of the benchmark's own that a file defines."""
+    (component,) = _components(kind, importlib.import_module(f"{kind}.{name.replace('-', '_')}"))
+    return component
 
 
 @functools.cache
@@ -81,7 +93,7 @@ def completed(kind: str, text: str) -> str:
     defaults = {
         k: p.default for k, p in constructors.options(component).items() if p.default is not inspect.Parameter.empty
     }
-    return str(specs.Spec(spec.name, spec.argument, defaults | spec.options))
+    return str(replace(spec, options={**defaults, **spec.options}))
 
 
 def described(kind: str, name: str, argument: str | None = None) -> type:

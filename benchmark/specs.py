@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from types import MappingProxyType
 
 from benchmark.errors import UsageError
 
@@ -18,7 +21,7 @@ class Spec:
 
     name: str
     argument: str | None = None
-    options: dict[str, Value] = field(default_factory=dict)
+    options: Mapping[str, Value] = field(default_factory=dict)
 
     def __str__(self) -> str:
         head = self.name if self.argument is None else f"{self.name}:{self.argument}"
@@ -74,8 +77,9 @@ def split(text: str) -> list[str]:
     return [spec for spec in (s.strip() for s in specs) if spec]
 
 
+@functools.lru_cache(4096)
 def parse(text: str) -> Spec:
-    """Read one spec.
+    """Read one spec; a report reads the same few thousands of times. Its options can't be changed in place.
 
     Raises:
         UsageError: if it isn't ``name[:argument][,key=value…]``.
@@ -93,7 +97,7 @@ def parse(text: str) -> Spec:
         options[key.strip().replace("-", "_")] = read(value.strip())
     if not name:
         raise UsageError(f"{text!r} names no component; a spec is name[:argument][,key=value...]")
-    return Spec(name if name == "file" else name.replace("_", "-").lower(), argument or None, options)
+    return Spec(name if name == "file" else name.replace("_", "-").lower(), argument or None, MappingProxyType(options))
 
 
 def head(spec: Spec) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -27,14 +28,15 @@ class View:
         spec = specs.parse(text)
         self.auto = spec.name == "auto"
         if self.auto:
-            spec = specs.Spec("exact", spec.argument, spec.options)
+            spec = replace(spec, name="exact")
         if spec.name not in VIEWS:
             raise UsageError(unknown("view", spec.name, ["auto", *sorted(VIEWS)]))
-        noise = spec.options.pop("noise", "fresh")
+        noise = spec.options.get("noise", "fresh")
         if noise not in ("fresh", "verdict"):
             raise UsageError(f"--view {text}: noise is fresh or verdict, got {noise!r}")
         self.foreknown = noise == "verdict"
-        options = constructors.resolve(VIEWS[spec.name], spec)
+        own = replace(spec, options={k: v for k, v in spec.options.items() if k != "noise"})
+        options = constructors.resolve(VIEWS[spec.name], own)
         if missing := [k for k, v in options.items() if v is inspect.Parameter.empty]:
             raise UsageError(f"--view {text} needs {', '.join(missing)}, e.g. {spec.name}:{missing[0]}=NAME")
         self.make = partial(VIEWS[spec.name], **options)

@@ -28,6 +28,7 @@ from tests.test_resume import outcome
 from tests.test_train import DATASET, needs_full, tiny, weights  # noqa: F401
 
 SETTINGS = {"eps": "32/255", "draws": 3, "quiet": True, "n": 2, "rows": 32, "budget": "quick"}
+SEARCH = SETTINGS | {"preflight": False}
 SMALL = {"steps": 3, "eot": 2, "queries": 12, "samples": 4}
 ATTACKS = [name for name in registry.names("attacks") if name not in ("torchattacks", "encoder", "stadv")] + [
     "torchattacks:MIFGSM", "apgd:targets=2,loss=dlr", "pgd:retire=32",
@@ -125,7 +126,7 @@ def short() -> Defense:
 
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_an_attack(tmp_path, tiny_defense, tiny_images, attack):
-    run = {"attack": small(attack)} | SETTINGS
+    run = {"attack": small(attack)} | SEARCH
     defense = tiny_defense if attack in ("pgd", "diffattack") else short()  # of several steps, where those may matter
     expected = evaluate(defense, tiny_images, out=tmp_path / "cpu", **run)
     with pretend.device():
@@ -139,7 +140,7 @@ def test_an_attack(tmp_path, tiny_defense, tiny_images, attack):
     "attack, norm", [("encoder:steps=2", "Linf"), ("stadv:steps=2", "StAdv"), ("pgd:steps=2", "L2")]
 )
 def test_an_attack_on_an_encoder_and_other_threats(tmp_path, tiny_images, attack, norm):
-    defense, run = short(), {"attack": attack, "norm": norm} | SETTINGS | {"eps": "1/2" if norm == "L2" else "32/255"}
+    defense, run = short(), {"attack": attack, "norm": norm} | SEARCH | {"eps": "1/2" if norm == "L2" else "32/255"}
     expected = evaluate(defense, tiny_images, out=tmp_path / "cpu", **run)
     with pretend.device():
         found = evaluate(copy.deepcopy(defense), tiny_images, out=tmp_path / "there", device="cuda", **run)
@@ -168,7 +169,7 @@ def test_every_view_is_audited(tmp_path, tiny_defense, tiny_images):
 
 @pytest.mark.parametrize("before, after", [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
 def test_a_search_stopped_on_one_device_goes_on_on_another(tmp_path, tiny_defense, tiny_images, before, after):
-    run = {"attack": "autoattack:steps=3,eot=2", "mixed_environment": True} | SETTINGS
+    run = {"attack": "autoattack:steps=3,eot=2", "mixed_environment": True} | SEARCH
 
     def search(folder: str, device: str, **more) -> Path:
         with pretend.device() if device == "cuda" else nullcontext():

@@ -310,8 +310,8 @@ def images(lively) -> tuple[Tensor, Tensor]:
 
 
 def run_lively(defense: Defense, images: tuple[Tensor, Tensor], out: Path, **settings) -> Result:
-    settings = {"attack": "pgd:steps=3,eot=2", "eps": "32/255", "draws": 5, "out": out, "quiet": True} | settings
-    return evaluate(defense, images, **settings)
+    usual = {"attack": "pgd:steps=3,eot=2", "eps": "32/255", "draws": 5, "quiet": True, "preflight": False}
+    return evaluate(defense, images, out=out, **usual | settings)
 
 
 def same_files(a: Result, b: Result) -> bool:
@@ -1030,7 +1030,7 @@ def test_an_attacker_differentiates_another_purifier_and_the_verdict_does_not(tm
 
     def run(out: str, *arguments: str) -> dict:
         command = ["run", "--classifier", f"file:{HERE}:Brightness", "--attack", "pgd:steps=3", "--n-examples", "16"]
-        assert cli.main([*command, "--out", str(tmp_path / out), *arguments]) == 0
+        assert cli.main([*command, "--no-preflight", "--out", str(tmp_path / out), *arguments]) == 0
         return find_runs([tmp_path / out])[0]
 
     mirror = f"file:{HERE}:Mirror"

@@ -354,14 +354,14 @@ def test_a_view_is_asked_of_the_attacker_and_not_of_the_defense(tmp_path, capsys
 
 
 def test_a_cell_that_is_not_applicable_spoils_no_other_and_leaves_no_folder(tmp_path, capsys):
-    common = ["--purifier", "diffpure", "--n-examples", "2", "--batch-size", "32", "--out", str(tmp_path)]
-    few = "encoder:steps=1,eot=1,pgd:steps=1,eot=1"
+    common = ["--purifier", "blur", "--n-examples", "2", "--batch-size", "32", "--out", str(tmp_path)]
+    few = "encoder:steps=1,pgd:steps=1"
     assert cli.main(["run", *common, "--attack", few]) == cli.DONE
     printed = capsys.readouterr()
-    assert "PGD-CE (1 it, EOT 1)" in printed.out and "encoder" not in printed.out
+    assert "PGD-CE (1 it)" in printed.out and "encoder" not in printed.out
     assert "not in the table" in printed.err and "needs a purifier that encodes" in printed.err
-    assert [p.name.split("-")[0] for p in (tmp_path / "fashion-mnist" / "diffpure").iterdir()] == ["pgd"]
-    assert cli.main(["run", *common, "--attack", "encoder:steps=1,eot=1"]) == cli.USAGE
+    assert [p.name.split("-")[0] for p in (tmp_path / "fashion-mnist" / "blur").iterdir()] == ["pgd"]
+    assert cli.main(["run", *common, "--attack", "encoder:steps=1"]) == cli.USAGE
     assert cli.main(["run", *common, "--attack", "stadv:steps=1", "--eps", "2"]) == cli.USAGE
     assert "write 0.05" in capsys.readouterr().err
 
