@@ -48,7 +48,9 @@ def test_the_same_under_one_tape_and_other_under_another_as_declared(case, make)
     assert torch.equal(once, purifier(x, tape()))
     others = (tape(role="select"), tape(range(100, 100 + B)), tape().fold("more"), None)
     for other in others:
-        differs = (purifier(x, other) != once).flatten(1).any(1)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # where None draws from, which few draws may leave as it was
+            differs = (purifier(x, other) != once).flatten(1).any(1)
         assert differs.all() if purifier.stochastic else not differs.any()
 
 
