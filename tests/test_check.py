@@ -199,7 +199,7 @@ class Mine(Purifier):
         assert counted["status"] == status and counted["value"] == "7 per image"
 
 
-@pytest.mark.parametrize("name", ["diffpure", "latent", "map", "nvae", "vqvae:resample=0.5"])
+@pytest.mark.parametrize("name", ["diffpure", "latent", "map:steps=3", "nvae", "vqvae:resample=0.5"])
 def test_the_shipped_purifiers_say_how_often_their_networks_run(name, capsys):
     assert cli.main(["check", "--purifier", name, "--json"]) == cli.DONE
     (checks,) = json.loads(capsys.readouterr().out).values()
