@@ -51,6 +51,11 @@ class Engine:
         self.under_way: dict[int, dict[str, Any]] = {}
         self.saved = self.noted = self.began
         self.counted = self.calls.count
+        iterations = cell.attack.length(cell.drawing)
+        observed = cell.attack.evaluations(cell.drawing)
+        searching = max(observed + cell.attack.gradients(cell.drawing), 1)
+        self.length = iterations + round(iterations * (cell.plan.forwards - observed) / searching)
+        """Iterations that an image takes, and that its judging takes as long as: the null floor is many draws."""
 
     def run(self, began: float) -> None:
         """Search and judge every image that isn't recorded yet.
@@ -61,9 +66,8 @@ class Engine:
         """
         cell, self.began = self.cell, began
         self.done = cell.folder.done()
-        length = cell.attack.length(cell.drawing)
         with tqdm(
-            total=len(cell.left()) * length, unit="it", smoothing=0.1, disable=cell.settings.quiet,
+            total=cell.searched() * self.length, unit="it", smoothing=0.1, disable=cell.settings.quiet,
             desc=cell.names["display"], mininterval=0.5 if sys.stderr.isatty() else 20,
         ) as self.bar:  # fmt: skip
             try:
@@ -167,7 +171,8 @@ class Engine:
     def _record(self, positions: list[int], judged: Judged) -> None:
         """Write what ended, and how long it took."""
         cell, now = self.cell, time.monotonic()
-        self.under_way.pop(positions[0], None)
+        lane = self.under_way.pop(positions[0], None)
+        self.bar.update(len(positions) * (self.length - (int(lane["state"]["done"]) if lane else 0)))
         new = [k for k, p in enumerate(positions) if p < cell.n and int(cell.data.ids[p]) not in self.done]
         cell.folder.write(
             [positions[k] for k in new], [judged.records[k] for k in new], judged.x_adv.cpu().numpy()[new],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from attacks.pgd import PGD
 from benchmark import engine, evaluate
 from benchmark.cell import Cell, Incomplete
 from benchmark.settings import Settings
+from benchmark.verdict import Judge
 from purifiers import Defense, Purifier, Tape
 from purifiers.diffpure import DiffPure
 from tests.conftest import Linear, images, undefended
@@ -65,6 +68,27 @@ def test_every_call_but_the_last_is_full(tmp_path, tiny_defense, tiny_images):
     assert real / rows > 0.9 and rows == 64 * sum(note["calls"] for note in notes)
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     assert real == sum(r["forwards"] for r in records), "every row was asked for, and every one is recorded"
+
+
+@pytest.mark.parametrize("attack", [*ATTACKS, "pgd:steps=6,eot=2,retire=2", "torchattacks:MIFGSM,steps=2"])
+@pytest.mark.parametrize("stopped", [False, True], ids=["at once", "stopped"])
+def test_the_bar_ends_with_the_last_verdict(tmp_path, monkeypatch, tiny_defense, tiny_images, attack, stopped):
+    bars, before = [], []
+
+    class Bar(engine.tqdm):
+        def __init__(self, **options):
+            super().__init__(**options)
+            bars.append(self)
+
+    judged = Judge.verdict
+    monkeypatch.setattr(engine, "tqdm", Bar)
+    monkeypatch.setattr(Judge, "verdict", lambda *a: (before.append(bars[-1].n < bars[-1].total), judged(*a))[1])
+    search = partial(evaluate, tiny_defense, tiny_images, attack, n=40, out=tmp_path, **SETTINGS | {"quiet": False})
+    if stopped:
+        with suppress(Incomplete):
+            search(stop_after=0)
+    search()
+    assert bars[-1].n == bars[-1].total and all(before)
 
 
 class Passes:
