@@ -51,11 +51,7 @@ class Engine:
         self.under_way: dict[int, dict[str, Any]] = {}
         self.saved = self.noted = self.began
         self.counted = self.calls.count
-        iterations = cell.attack.length(cell.drawing)
-        observed = cell.attack.evaluations(cell.drawing)
-        searching = max(observed + cell.attack.gradients(cell.drawing), 1)
-        self.length = iterations + round(iterations * (cell.plan.forwards - observed) / searching)
-        """Iterations that an image takes, and that its judging takes as long as: the null floor is many draws."""
+        self.length = self._length()
 
     def run(self, began: float) -> None:
         """Search and judge every image that isn't recorded yet.
@@ -83,6 +79,13 @@ class Engine:
                 if self.under_way:
                     cell.folder.save_state(list(self.under_way.values()))
                 raise
+
+    def _length(self) -> int:
+        """The iterations that an image takes, and as many as its judging takes as long as: a null floor is many draws."""
+        attack, drawing = self.cell.attack, self.cell.drawing
+        iterations, observed = attack.length(drawing), attack.evaluations(drawing)
+        judging = self.cell.plan.forwards - observed
+        return iterations + round(iterations * judging / max(observed + attack.gradients(drawing), 1))
 
     def _capacity(self) -> int:
         """How many images are searched at a time: enough to fill two calls, or one group where groups don't mix."""
