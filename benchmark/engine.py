@@ -81,7 +81,7 @@ class Engine:
                 raise
 
     def _length(self) -> int:
-        """The iterations that an image takes, and as many as its judging takes as long as: a null floor is many draws."""
+        """The iterations of an image, and as many as its judging is worth: a null floor is many draws."""
         attack, drawing = self.cell.attack, self.cell.drawing
         iterations, observed = attack.length(drawing), attack.evaluations(drawing)
         judging = self.cell.plan.forwards - observed
